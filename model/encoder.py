@@ -1,0 +1,164 @@
+"""History to user state: a causal Transformer over packed histories. The user state is the last hidden state.
+
+Legend: U users, T packed events, D channels, h heads, d channels of a head, L longest history.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.config import TowerConfig
+from model.errors import ShapeError
+from model.features import GAP_BUCKETS, EventFeatures
+from model.item_tower import ItemEmbedder
+
+ROTARY_BASE = 10_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where each packed event stands: computed once a batch, read by every layer."""
+
+    offsets: torch.Tensor
+    """i32 [U + 1], on the device."""
+    user_T: torch.Tensor
+    position_T: torch.Tensor
+    longest: int
+    cos_Td: torch.Tensor
+    sin_Td: torch.Tensor
+
+    @classmethod
+    def of(cls, offsets: torch.Tensor, head_dim: int, device: torch.device) -> "Packing":
+        """offsets: i64 [U + 1], on the CPU, so that nothing waits for the device."""
+        length_U = offsets.diff()
+        longest = int(length_U.max()) if len(length_U) else 0
+        user_T = torch.repeat_interleave(torch.arange(len(length_U)), length_U)
+        position_T = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], length_U)
+        frequency = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angle_Ld = (torch.arange(longest, dtype=torch.float64)[:, None] * frequency).float()
+        angle_Td = angle_Ld[position_T].to(device)
+        return cls(
+            offsets=offsets.to(device, torch.int32),
+            user_T=user_T.to(device),
+            position_T=position_T.to(device),
+            longest=longest,
+            cos_Td=angle_Td.cos()[:, None, :],
+            sin_Td=angle_Td.sin()[:, None, :],
+        )
+
+
+def rotate(vector_Thd: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021, equation 34): attention then sees relative positions only, so a
+    history cut at its start keeps the meaning of what is left."""
+    first, second = vector_Thd.float().chunk(2, -1)
+    cos, sin = packing.cos_Td, packing.sin_Td
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(vector_Thd.dtype)
+
+
+def packed_causal_attention(
+    query_Thd: torch.Tensor, key_Thd: torch.Tensor, value_Thd: torch.Tensor, packing: Packing
+) -> torch.Tensor:
+    """Softmax attention of each event to its user's events up to and including itself. Returns [T, h, d].
+
+    Half precision on CUDA takes the library's variable-length kernel. Elsewhere histories are laid out padded at
+    their end: a causal mask alone then keeps every real event from reading the padding.
+    """
+    if query_Thd.is_cuda and query_Thd.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+
+        lengths = (packing.offsets, packing.offsets, packing.longest, packing.longest)
+        return varlen_attn(query_Thd, key_Thd, value_Thd, *lengths, window_size=(-1, 0))  # type: ignore[return-value]
+    padded = [_pad(x, packing) for x in (query_Thd, key_Thd, value_Thd)]
+    out_UhLd = F.scaled_dot_product_attention(*padded, is_causal=True)
+    return out_UhLd[packing.user_T, :, packing.position_T]
+
+
+def _pad(x_Thd: torch.Tensor, packing: Packing) -> torch.Tensor:
+    users = len(packing.offsets) - 1
+    padded = x_Thd.new_zeros(users, packing.longest, *x_Thd.shape[1:])
+    padded[packing.user_T, packing.position_T] = x_Thd
+    return padded.transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block (Xiong et al. 2020)."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        width = config.d_model
+        self.num_heads = config.num_heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn_in = nn.Linear(width, config.ffn_factor * width)
+        self.ffn_out = nn.Linear(config.ffn_factor * width, width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, event_TD: torch.Tensor, packing: Packing
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Returns the events after the block and the layer's keys and values, each [T, h, d]."""
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv(self.attention_norm(event_TD)).chunk(3, -1)
+        )
+        query, key = rotate(query, packing), rotate(key, packing)
+        attended_TD = packed_causal_attention(query, key, value, packing).flatten(1)
+        event_TD = event_TD + self.dropout(self.out(attended_TD))
+        event_TD = event_TD + self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(event_TD)))))
+        return event_TD, (key, value)
+
+
+class Encoder(nn.Module):
+    """Item, event type, time gap and declared event columns, summed; then causal Transformer blocks.
+
+    Source: SASRec (Kang and McAuley 2018) for the shape; we differ in packed histories, rotary positions, pre-norm,
+    time gaps, and items known by features and hash as well as by id.
+    """
+
+    def __init__(self, config: TowerConfig, embedder: ItemEmbedder, num_types: int, column_sizes: list[int]) -> None:
+        """num_types, column_sizes: vocabulary sizes with the codes 0 (absent) and 1 (unknown) included."""
+        super().__init__()
+        self.config = config
+        self.embedder = embedder
+        width = config.d_model
+        self.type_embedding = nn.Embedding(num_types, width)
+        self.gap_embedding = nn.Embedding(GAP_BUCKETS, width)
+        self.column_embeddings = nn.ModuleList(nn.Embedding(size, width) for size in column_sizes)
+        for embedding in (self.type_embedding, self.gap_embedding, *self.column_embeddings):
+            nn.init.normal_(embedding.weight, std=0.02)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, events: EventFeatures) -> torch.Tensor:
+        """Hidden state after every event: [T, D]."""
+        return self.with_keys_and_values(events)[0]
+
+    def with_keys_and_values(
+        self, events: EventFeatures
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Hidden states [T, D], and each layer's keys and values, [T, h, d]."""
+        packing = Packing.of(events.offsets, self.config.d_model // self.config.num_heads, events.item_T.device)
+        event_TD = self.embedder(events.item_T) + self.type_embedding(events.type_T) + self.gap_embedding(events.gap_T)
+        for c, embedding in enumerate(self.column_embeddings):
+            event_TD = event_TD + embedding(events.column_TC[:, c])
+        event_TD = self.dropout(event_TD)
+        keys_and_values = []
+        for block in self.blocks:
+            event_TD, kv = block(event_TD, packing)
+            keys_and_values.append(kv)
+        return self.norm(event_TD), keys_and_values
+
+    def states(self, events: EventFeatures) -> torch.Tensor:
+        """User states: the hidden state after each user's last event, f32 [U, D].
+
+        Raises ShapeError for a user without events: such a user has no state, the head's cold start serves them.
+        """
+        if not len(events.offsets) > 1 or bool((events.offsets.diff() == 0).any()):
+            raise ShapeError("states needs at least one user, and at least one event of every user")
+        last_U = (events.offsets[1:] - 1).to(events.item_T.device)
+        state_UD: torch.Tensor = self(events)[last_U].float()
+        return state_UD
