@@ -549,7 +549,8 @@ def library_versions() -> dict[str, str]:
 
 def _weights(module: nn.Module) -> bytes:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    return safetensors.torch.save(tensors)
+    content: bytes = safetensors.torch.save(tensors)
+    return content
 
 
 def _fingerprint(module: nn.Module) -> str:
@@ -577,7 +578,8 @@ def _sources(names: Sequence[str]) -> str:
 def _parquet(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(None), buffer, compression="zstd")
-    return buffer.getvalue()
+    content: bytes = buffer.getvalue()
+    return content
 
 
 def _sync(path: str) -> None:

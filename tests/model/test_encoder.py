@@ -1,0 +1,109 @@
+"""The packed encoder against one history at a time, its causality, and attention in float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from model.encoder import Packing, packed_causal_attention
+from model.errors import ShapeError
+from model.features import EventFeatures
+from tests.releases import make_tower
+
+
+def make_features(lengths: list[int], seed: int = 0) -> EventFeatures:
+    random = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+
+    def draw(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, high, shape, generator=random)
+
+    return EventFeatures(
+        draw(82, total), draw(4, total), draw(33, total), draw(4, total, 1), torch.arange(total),
+        torch.tensor(np.concatenate([[0], np.cumsum(lengths)])),
+    )  # fmt: skip
+
+
+def reference_attention(query, key, value, lengths):  # type: ignore[no-untyped-def]
+    outputs, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        score = torch.einsum("qhd,khd->hqk", query[part], key[part]) / query.shape[-1] ** 0.5
+        score = score.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", score.softmax(-1), value[part]))
+        start += length
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 1, 7], [12, 0, 5], [2] * 9])
+def test_packed_attention_matches_float64(lengths: list[int]) -> None:
+    total = sum(lengths)
+    query, key, value = torch.randn(3, total, 2, 8, generator=torch.Generator().manual_seed(1)).unbind()
+    offsets = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]))
+    found = packed_causal_attention(query, key, value, Packing.of(offsets, 8, torch.device("cpu")))
+    exact = reference_attention(query.double(), key.double(), value.double(), lengths)
+    assert (found - exact).abs().max() < 2e-6
+
+
+def test_a_history_has_one_state_whatever_its_company() -> None:
+    encoder = make_tower()[0].encoder
+    features = make_features([5, 1, 12, 7])
+    together = encoder.states(features)
+    bounds = features.offsets.tolist()
+    for user, (start, end) in enumerate(itertools.pairwise(bounds)):
+        alone = encoder.states(
+            EventFeatures(
+                features.item_T[start:end], features.type_T[start:end], features.gap_T[start:end],
+                features.column_TC[start:end], features.time_us_T[start:end], torch.tensor([0, end - start]),
+            )
+        )  # fmt: skip
+        assert (together[user] - alone[0]).abs().max() < 1e-5
+
+
+def test_the_encoder_is_causal() -> None:
+    encoder = make_tower()[0].encoder
+    features = make_features([10])
+    before = encoder(features)
+    features.item_T[6] = (features.item_T[6] + 1) % 50
+    after = encoder(features)
+    assert torch.equal(before[:6], after[:6])
+    assert ((before[6:] - after[6:]).abs().amax(-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("field", ["item_T", "type_T", "gap_T", "column_TC"])
+def test_every_event_field_moves_the_state(field: str) -> None:
+    encoder = make_tower()[0].encoder
+    features = make_features([6])
+    before = encoder.states(features)
+    getattr(features, field)[2] = (getattr(features, field)[2] + 1) % 4
+    assert (before - encoder.states(features)).abs().max() > 1e-5
+
+
+def test_a_user_without_events_has_no_state() -> None:
+    encoder = make_tower()[0].encoder
+    for lengths in ([3, 0, 2], []):
+        with pytest.raises(ShapeError, match="at least one event"):
+            encoder.states(make_features(lengths))
+
+
+def test_keys_and_values_come_from_every_layer() -> None:
+    encoder = make_tower()[0].encoder
+    hidden, layers = encoder.with_keys_and_values(make_features([4, 3]))
+    assert hidden.shape == (7, 16)
+    assert [(key.shape, value.shape) for key, value in layers] == [((7, 2, 8), (7, 2, 8))] * 2
+
+
+def test_an_item_never_trained_on_is_known_by_its_hash_row() -> None:
+    embedder = make_tower()[0].items.embedder
+    trained = torch.ones(50, dtype=torch.bool)
+    trained[7] = False
+    before = embedder(torch.arange(50))
+    embedder.use_hash_rows(trained)
+    after = embedder(torch.arange(50))
+    same = (before == after).all(-1)
+    assert same.tolist() == trained.tolist()
+    hash_row = embedder.hash_row_I[7]
+    assert torch.equal(embedder.id_row_I[7], hash_row)
+    with pytest.raises(ShapeError, match=r"\[50\]"):
+        embedder.use_hash_rows(trained[:3])
