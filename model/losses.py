@@ -1,0 +1,87 @@
+"""Sampled softmax over items: the loss, its logQ correction and its masks.
+
+Legend: B targets, S candidates (distinct items), E embedding width, N catalogue items.
+"""
+
+import math
+
+import torch
+
+from model.errors import ShapeError
+
+
+def sampled_softmax(
+    user_BE: torch.Tensor,
+    positive_BE: torch.Tensor,
+    candidate_SE: torch.Tensor,
+    mask_BS: torch.Tensor,
+    *,
+    temperature: float,
+    log_q_S: torch.Tensor | None = None,
+    weight_B: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean over targets of -log( e^p / (e^p + sum_s e^(c_s - log q_s)) ), p and c_s the cosines over the temperature.
+
+    user_BE, positive_BE: L2-normalised, f32|bf16|f64 [B, E]. candidate_SE: L2-normalised [S, E], distinct items.
+    mask_BS: bool [B, S], True where a candidate is no negative of the target (see collision_mask).
+    log_q_S: log of the chance that a candidate is in the pool at all (see log_inclusion); None means 0.
+    weight_B: f32 [B], at least 0, weights of the targets in the mean; None means 1 each. All 0 gives 0.
+    Returns a scalar in float32 (float64 for float64 inputs). Raises ShapeError.
+
+    Source: Bengio and Senecal, Adaptive importance sampling, 2008, eq. 7, and Yi et al., Sampling-bias-corrected
+    neural modeling, RecSys 2019, eq. 4-6. We differ from Yi in leaving the positive uncorrected: it is in the pool
+    with certainty, so that a pool of the whole catalogue without correction is the full softmax exactly.
+    """
+    size, width = user_BE.shape
+    if positive_BE.shape != user_BE.shape or candidate_SE.shape[1:] != (width,):
+        raise ShapeError(
+            f"users {tuple(user_BE.shape)}, positives {tuple(positive_BE.shape)} and candidates "
+            f"{tuple(candidate_SE.shape)} must be [B, E], [B, E] and [S, E]"
+        )
+    if mask_BS.shape != (size, len(candidate_SE)):
+        raise ShapeError(f"mask must be [B, S] = [{size}, {len(candidate_SE)}], got {tuple(mask_BS.shape)}")
+    exact = torch.float64 if user_BE.dtype == torch.float64 else torch.float32
+    with torch.autocast(user_BE.device.type, enabled=False):
+        positive_B = (user_BE.to(exact) * positive_BE.to(exact)).sum(1) / temperature
+    logit_BS = (user_BE @ candidate_SE.T).to(exact) / temperature
+    if log_q_S is not None:
+        logit_BS = logit_BS - log_q_S.to(exact)
+    # Finite, so that a row with nothing but masked candidates has finite gradients.
+    logit_BS = logit_BS.masked_fill(mask_BS, torch.finfo(exact).min / 4)
+    loss_B = torch.logaddexp(positive_B, torch.logsumexp(logit_BS, 1)) - positive_B
+    if weight_B is None:
+        return loss_B.mean()
+    weight_B = weight_B.to(exact)
+    return (loss_B * weight_B).sum() / weight_B.sum().clamp_min(torch.finfo(exact).tiny)
+
+
+def collision_mask(
+    user_B: torch.Tensor, item_B: torch.Tensor, candidate_S: torch.Tensor, num_items: int, *, same_user: bool = True
+) -> torch.Tensor:
+    """Candidates that are no negatives: the target's own item and, with same_user, the other positives of its user.
+
+    user_B: i64 [B], the target's user as a number in [0, B), the same for all targets of a user.
+    item_B: i64 [B] in [0, num_items), the target's item. candidate_S: i64 [S] in [0, num_items), distinct.
+    Returns bool [B, S], True = masked. Only positives that are in this batch are known.
+    """
+    column_N = item_B.new_full((num_items,), -1)
+    column_N[candidate_S] = torch.arange(len(candidate_S), device=item_B.device)
+    column_B = column_N[item_B]
+    hit_B = column_B >= 0
+    row_B = user_B if same_user else torch.arange(len(item_B), device=item_B.device)
+    mask_BS = torch.zeros((len(item_B), len(candidate_S)), dtype=torch.bool, device=item_B.device)
+    mask_BS[row_B[hit_B], column_B[hit_B]] = True
+    return mask_BS[user_B] if same_user else mask_BS
+
+
+def log_inclusion(probability_S: torch.Tensor, num_in_batch: int, num_uniform: int, num_items: int) -> torch.Tensor:
+    """log of the chance that an item is in a pool of in-batch positives and uniform draws, each item kept once.
+
+    q = 1 - (1 - p)^b (1 - 1/N)^r with p the item's share of all training targets, b in-batch draws and r uniform
+    draws out of N items; for a rare item this is b p + r / N, the mixture of the two sources.
+    probability_S: f32|f64 [S] in [0, 1]. Returns the same dtype, [S].
+    Source: Yi et al. 2019, eq. 3 (log p of an in-batch item); Yang et al., Mixed negative sampling, WWW 2020, eq. 4.
+    """
+    miss_S = num_in_batch * torch.log1p(-probability_S.clamp(max=1 - 1e-6))
+    miss_S = miss_S + (num_uniform * math.log1p(-1 / num_items) if num_items > 1 else -math.inf * bool(num_uniform))
+    return torch.log(-torch.expm1(miss_S)).clamp_min(-30)
