@@ -70,8 +70,8 @@ def packed_causal_attention(
 
         lengths = (packing.offsets, packing.offsets, packing.longest, packing.longest)
         return varlen_attn(query_Thd, key_Thd, value_Thd, *lengths, window_size=(-1, 0))  # type: ignore[return-value]
-    padded = [_pad(x, packing) for x in (query_Thd, key_Thd, value_Thd)]
-    out_UhLd = F.scaled_dot_product_attention(*padded, is_causal=True)
+    query, key, value = (_pad(x, packing) for x in (query_Thd, key_Thd, value_Thd))
+    out_UhLd = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return out_UhLd[packing.user_T, :, packing.position_T]
 
 

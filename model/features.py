@@ -243,7 +243,7 @@ class Featuriser:
         if ids.type != self.item_ids.type:
             ids = ids.cast(self.item_ids.type)
         found = pc.index_in(ids, value_set=self.item_ids)
-        rows = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        rows: NDArray[np.int64] = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         unknown = rows < 0
         if unknown.any():
             rows[unknown] = self._hash_rows(ids.filter(pa.array(unknown)))
@@ -306,8 +306,8 @@ class Featuriser:
         config = self.config
         size, sessions, subjects = len(contexts), config.session_limit, config.subject_limit
         category_BC = np.zeros((size, len(self.head_columns)), np.int64)
-        clock_B3 = np.zeros((3, size), np.int64)
-        session_B = np.zeros((3, size, sessions), np.int64)
+        clock_3B = np.zeros((3, size), np.int64)
+        session_3BK = np.zeros((3, size, sessions), np.int64)
         session_length_B = np.zeros(size, np.int64)
         subject_item_BM = np.zeros((size, subjects), np.int64)
         subject_weight_BM = np.zeros((size, subjects), np.float32)
@@ -320,16 +320,16 @@ class Featuriser:
                     if value is not None:
                         category_BC[b, c] = self._column_codes[name].get(value, 1)
             if now_us is not None:
-                clock_B3[0, b] = now_us % _DAY_US // _HOUR_US + 1
-                clock_B3[1, b] = (now_us // _DAY_US + 3) % 7 + 1
+                clock_3B[0, b] = now_us % _DAY_US // _HOUR_US + 1
+                clock_3B[1, b] = (now_us // _DAY_US + 3) % 7 + 1
                 if until_us is not None:
-                    clock_B3[2, b] = _gap_bucket_of(now_us - until_us)
+                    clock_3B[2, b] = _gap_bucket_of(now_us - until_us)
             if context.session_events:
                 fresh = [e for e in context.session_events if until_us is None or e.timestamp_us > until_us]
                 for k, event in enumerate(fresh[-sessions:]):
-                    session_B[0, b, k] = self._row_of(event.item_id)
-                    session_B[1, b, k] = self._type_codes.get(event.event_type, 1)
-                    session_B[2, b, k] = 0 if now_us is None else _gap_bucket_of(now_us - event.timestamp_us)
+                    session_3BK[0, b, k] = self._row_of(event.item_id)
+                    session_3BK[1, b, k] = self._type_codes.get(event.event_type, 1)
+                    session_3BK[2, b, k] = 0 if now_us is None else _gap_bucket_of(now_us - event.timestamp_us)
                 session_length_B[b] = min(len(fresh), sessions)
             if context.subject_items:
                 best = sorted(context.subject_items, key=lambda subject: -subject.confidence)[:subjects]
@@ -343,7 +343,10 @@ class Featuriser:
                     )
                 query_BQ[b] = context.query_vector
         return ContextFeatures(
-            *map(torch.from_numpy, (category_BC, *clock_B3, *session_B, session_length_B)),
+            torch.from_numpy(category_BC),
+            torch.from_numpy(clock_3B[0]), torch.from_numpy(clock_3B[1]), torch.from_numpy(clock_3B[2]),
+            torch.from_numpy(session_3BK[0]), torch.from_numpy(session_3BK[1]), torch.from_numpy(session_3BK[2]),
+            torch.from_numpy(session_length_B),
             torch.from_numpy(subject_item_BM), torch.from_numpy(subject_weight_BM), torch.from_numpy(query_BQ),
         )  # fmt: skip
 

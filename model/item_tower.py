@@ -189,4 +189,4 @@ class ItemTower(nn.Module):
     def table(self, *, chunk: int = 65_536) -> torch.Tensor:
         """All rows: f32 [I, E], catalogue first, then the hash rows."""
         rows = torch.arange(self.embedder.num_rows, device=self.projection.weight.device)
-        return torch.cat([self(part) for part in rows.split(chunk)])
+        return torch.cat([self(part) for part in torch.split(rows, chunk)])
