@@ -1,0 +1,199 @@
+"""The states folder: which runs there are, what each holds, what one job is about to do.
+
+<states>/<state_version>/staging/<run_id>/<attempt>/   being written; never read by others
+<states>/<state_version>/runs/<run_id>/                appears whole; _MANIFEST.json says what is in it
+<states>/<state_version>/published/<run_id>.json       the run's rows are in Redis; remove it to have them sent again
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime, timedelta
+from typing import Any, Self
+
+import pyarrow as pa
+
+from model.dataset import DatasetDescription
+from model.errors import ConfigError, DataError
+from model.event_log import event_schema
+from pipelines.faults import Fault
+from pipelines.io import Folder, json_bytes, read_parquet
+
+MANIFEST = "_MANIFEST.json"
+FORMAT = "hybrid-tower-run/1"
+SECOND_US = 1_000_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_RUN_ID = "%Y%m%dT%H%M%SZ"
+
+
+def run_id_of(as_of_us: int) -> str:
+    """The run of an as-of time (microseconds, a whole second): YYYYMMDDTHHMMSSZ. Raises ConfigError."""
+    if as_of_us % SECOND_US:
+        raise ConfigError(f"an as-of time must be a whole second, got {as_of_us} us")
+    return (_EPOCH + timedelta(microseconds=as_of_us)).strftime(_RUN_ID)
+
+
+def parse_as_of_us(text: str) -> int:
+    """Microseconds of an as-of time: ISO 8601 (UTC unless it says otherwise), a run id, or `now`.
+
+    Raises ConfigError when it is none of them or no whole second.
+    """
+    if text == "now":
+        return int(datetime.now(UTC).timestamp()) * SECOND_US
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"--as-of must be UTC like 2017-10-15T03:00:00Z, a run id like 20171015T030000Z, or now, got {text!r}"
+        ) from error
+    time = time if time.tzinfo else time.replace(tzinfo=UTC)
+    if time.microsecond:
+        raise ConfigError(f"--as-of must be a whole second, got {text!r}")
+    return (time - _EPOCH) // timedelta(microseconds=1)
+
+
+def iso(time_us: int) -> str:
+    """Microseconds since the epoch as 2017-10-15T03:00:00Z."""
+    return (_EPOCH + timedelta(microseconds=time_us)).isoformat().replace("+00:00", "Z")
+
+
+def file_name(kind: str, shard: int) -> str:
+    """Path in a run of one shard's file. kind: states, tails or dead_letters."""
+    return f"{kind}/shard-{shard:05d}.parquet"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunManifest:
+    """What one committed run holds."""
+
+    run_id: str
+    state_version: str
+    release_id: str
+    """The release that encoded; others of the same state version give the same states."""
+    as_of_us: int
+    encoded_through_us: int
+    """Every user is current up to here: who has no newer row had no newer event."""
+    shards: int
+    previous_run: str | None
+    """The run whose tails were carried on; None after a first run or a rebuild."""
+    inputs: Mapping[str, Any]
+    """fingerprint, and name and sha256 of each file of the log."""
+    counts: Mapping[str, int]
+    files: Mapping[str, str]
+    """Path in the run -> SHA-256 of the file."""
+    libraries: Mapping[str, str]
+    format: str = FORMAT
+
+    def to_bytes(self) -> bytes:
+        """As JSON; equal manifests give equal bytes."""
+        return json_bytes(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Self:
+        """The inverse of to_bytes. Raises DataError naming `where`."""
+        try:
+            values = json.loads(data)
+            known = {f.name for f in fields(cls)}
+            if values.get("format") != FORMAT:
+                raise DataError(f"{where} has format {values.get('format')!r}, this version reads {FORMAT!r}")
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{where} is no run manifest: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class RunStore:
+    """The runs of one state version."""
+
+    states_uri: str
+    state_version: str
+
+    @property
+    def folder(self) -> Folder:
+        """<states>/<state_version>."""
+        return Folder(self.states_uri) / self.state_version
+
+    def run(self, run_id: str) -> Folder:
+        """Where a committed run is."""
+        return self.folder / "runs" / run_id
+
+    def staging(self, run_id: str, attempt: str) -> Folder:
+        """Where one attempt at a run writes."""
+        return self.folder / "staging" / run_id / attempt
+
+    def run_ids(self) -> list[str]:
+        """The committed runs, oldest first."""
+        runs = self.folder / "runs"
+        return [name for name in runs.names() if (runs / name).exists(MANIFEST)]
+
+    def manifest(self, run_id: str) -> RunManifest:
+        """Raises DataError when the run was not committed or its manifest is not readable."""
+        folder = self.run(run_id)
+        return RunManifest.from_bytes(folder.read(MANIFEST), f"{folder.uri}/{MANIFEST}")
+
+    def tails(self, run_id: str, shard: int) -> pa.Table:
+        """One shard's tails. Raises DataError."""
+        return read_parquet(self.run(run_id), file_name("tails", shard))
+
+    def published(self) -> set[str]:
+        """The runs whose rows were sent to Redis."""
+        return {name.removesuffix(".json") for name in (self.folder / "published").names() if name.endswith(".json")}
+
+    def mark_published(self, run_id: str, counts: Mapping[str, int]) -> None:
+        """Note that the run's rows are in Redis."""
+        (self.folder / "published").write(f"{run_id}.json", json_bytes(dict(counts)))
+
+    def forget_published(self) -> None:
+        """Make every run unpublished: for a Redis that lost its rows."""
+        (self.folder / "published").remove()
+
+    def publish_counts(self, run_id: str) -> dict[str, int]:
+        """What mark_published noted; empty when it did not."""
+        folder = self.folder / "published"
+        return dict(json.loads(folder.read(f"{run_id}.json"))) if folder.exists(f"{run_id}.json") else {}
+
+    def sweep_staging(self, run_id: str) -> None:
+        """Remove what attempts at this run and at earlier ones left behind."""
+        staging = self.folder / "staging"
+        for name in staging.names():
+            if name <= run_id:
+                (staging / name).remove()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlan:
+    """All that one run is told; travels to every worker."""
+
+    store: RunStore
+    run_id: str
+    attempt: str
+    as_of_us: int
+    shards: int
+    previous_run: str | None
+    inputs: Mapping[str, Any]
+    registry_uri: str
+    release_id: str
+    device: str
+    batch_tokens: int
+    """Most padded events of one encoder call."""
+    source_paths: Sequence[str]
+    """Path of each source_file number, for dead letters."""
+    description: DatasetDescription
+    history_limit: int
+    redis_url: str | None
+    """None: nothing is published."""
+    token: int
+    """Fencing token of the job: orders its rows against those of another job with the same as-of."""
+    fault: Fault
+
+    @property
+    def staging(self) -> Folder:
+        """Where this attempt writes."""
+        return self.store.staging(self.run_id, self.attempt)
+
+    @property
+    def chunk_schema(self) -> pa.Schema:
+        """Columns of an event that travel from the reader to its shard: what the encoder reads and what sorts."""
+        whole = event_schema(self.description)
+        unread = set(self.description.log_columns) - set(self.description.event_columns)
+        return pa.schema([field for field in whole if field.name not in unread])

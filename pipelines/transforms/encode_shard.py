@@ -1,0 +1,158 @@
+"""One shard of users: histories merged, encoded, written."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from apache_beam.metrics import Metrics
+from apache_beam.utils.shared import Shared
+
+from model.errors import CheckpointError, GoldenMismatch
+from model.event_log import REJECT_SCHEMA, concat_rejects, make_rejects
+from model.release import Registry, Release
+from pipelines import faults
+from pipelines.io import from_chunks, parquet_bytes
+from pipelines.runs import RunPlan, file_name
+from pipelines.transforms.batches import Encode, Encoded, encode_users
+from pipelines.transforms.merge_tail import Histories, empty_tail, merge_tail, to_tail, whole
+
+EVENTS, REJECTS, SENTINEL = b"E", b"R", b""
+"""First byte of an element: a chunk of events, a chunk of rejects; the sentinel is empty and says the shard exists."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTables:
+    """What one shard of a run writes, and its counts."""
+
+    states: pa.Table
+    tails: pa.Table
+    dead_letters: pa.Table
+    counts: dict[str, int]
+
+
+def encode_shard(
+    events: pa.Table, rejects: pa.Table, tail: pa.Table, encode: Encode, *, width: int, plan: RunPlan
+) -> ShardTables:
+    """Pure: the events of one shard's users and their tails of yesterday become the shard's tables.
+
+    events: plan.chunk_schema, any order. rejects: REJECT_SCHEMA. tail: as to_tail makes it. width: D of a state.
+    """
+    histories = merge_tail(tail, events, plan.history_limit)
+    active = np.flatnonzero(histories.changed_U)
+    encoded = encode_users(histories, active, encode, plan.batch_tokens, width)
+    dead_letters = _dead_letters(histories, encoded, rejects, plan)
+    counts = {
+        "events": len(events),
+        "users": len(histories.users),
+        "encoded": len(encoded.users),
+        "skipped": len(histories.users) - len(active),
+        **Counter(f"dead.{reason}" for reason in dead_letters["reason"].to_pylist()),
+    }
+    return ShardTables(_states(histories, encoded, plan), to_tail(histories), dead_letters, counts)
+
+
+def _states(histories: Histories, encoded: Encoded, plan: RunPlan) -> pa.Table:
+    rows, width = encoded.state_AD.shape
+    last = pa.array(histories.offsets[encoded.users + 1] - 1)
+    as_of = np.full(rows, plan.as_of_us)
+    return pa.table(
+        {
+            "user_id": histories.users.take(pa.array(encoded.users)),
+            "state": pa.ListArray.from_arrays(
+                pa.array(np.arange(rows + 1, dtype=np.int32) * np.int32(width)), pa.array(encoded.state_AD.reshape(-1))
+            ),
+            "state_version": pa.array([plan.store.state_version] * rows, pa.string()),
+            "history_until": histories.events["timestamp_us"].take(last),
+            "encoded_at": pa.array(as_of),
+            "event_timestamp": pa.array(as_of, pa.timestamp("us", "UTC")),
+        }
+    )
+
+
+def _dead_letters(histories: Histories, encoded: Encoded, rejects: pa.Table, plan: RunPlan) -> pa.Table:
+    copies, dead = histories.duplicates, encoded.dead
+    paths = pa.array(plan.source_paths, pa.string()).take(whole(copies["source_file"])).to_pylist()
+    nothing = pa.nulls(len(dead), pa.string())
+    lost = {
+        "source_path": nothing,
+        "source_row": pa.nulls(len(dead), pa.int64()),
+        "user_id": histories.users.take(pa.array([d.user for d in dead], pa.int64())).cast(pa.string()),
+        "item_id": nothing,
+        "reason": pa.array([d.reason for d in dead], pa.string()),
+        "detail": pa.array([d.detail for d in dead], pa.string()),
+    }
+    duplicates = make_rejects(copies, paths, ["duplicate"] * len(copies), [""] * len(copies))
+    table = concat_rejects([rejects, duplicates, pa.table(lost, schema=REJECT_SCHEMA)])
+    return table.take(pc.sort_indices(table, [(name, "ascending") for name in REJECT_SCHEMA.names]))
+
+
+@dataclass(slots=True, weakref_slot=True)
+class _Loaded:
+    """A release as Beam's shared handle wants it: something that can be weakly referenced."""
+
+    release: Release
+
+
+class EncodeShard(beam.DoFn):
+    """Element: (shard, chunks of its events and rejects). Gives (0, the shard's counts and file hashes as JSON).
+
+    Writes states, tails and dead letters into staging, each by atomic rename; a retry writes the same bytes again.
+    """
+
+    def __init__(self, plan: RunPlan, shared: Shared) -> None:
+        self._plan = plan
+        self._shared = shared
+
+    def setup(self) -> None:
+        """Load the release once a process, its golden inputs replayed. Raises CheckpointError, GoldenMismatch."""
+        plan = self._plan
+        tag = f"{plan.registry_uri} {plan.release_id} {plan.store.state_version} {plan.device}"
+        self._loaded = self._shared.acquire(lambda: _load(plan), tag)
+
+    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
+        shard, chunks = element
+        plan, release = self._plan, self._loaded.release
+        by_kind: dict[bytes, list[bytes | memoryview]] = {EVENTS: [], REJECTS: [], SENTINEL: []}
+        for chunk in chunks:
+            by_kind[chunk[:1]].append(memoryview(chunk)[1:])
+        plan.fault.reach(faults.AFTER_READ)
+        events = from_chunks(by_kind.pop(EVENTS), plan.chunk_schema)
+        rejects = from_chunks(by_kind.pop(REJECTS), REJECT_SCHEMA)
+        tail = empty_tail(plan.chunk_schema)
+        if plan.previous_run is not None:
+            tail = plan.store.tails(plan.previous_run, shard).cast(tail.schema)
+        tables = encode_shard(events, rejects, tail, release.encode, width=release.config.d_model, plan=plan)
+        if tables.counts.get("dead.poison"):
+            _check_still_sound(release)
+        files = {}
+        for kind in ("states", "tails", "dead_letters"):
+            name, data = file_name(kind, shard), parquet_bytes(getattr(tables, kind))
+            plan.staging.write(name, data)
+            files[name] = hashlib.sha256(data).hexdigest()
+        plan.fault.reach(faults.AFTER_STAGE_SHARD.format(shard))
+        for name, count in tables.counts.items():
+            Metrics.counter("tower_encode", name).inc(count)
+        yield 0, json.dumps({"shard": shard, "counts": tables.counts, "files": files}).encode()
+
+
+def _load(plan: RunPlan) -> _Loaded:
+    release = Registry(plan.registry_uri).load(plan.release_id, device=plan.device, parts=("encoder",))
+    found = release.manifest.state_version
+    if found != plan.store.state_version:
+        raise CheckpointError(
+            f"release {plan.release_id} has state version {found}, the job was started for {plan.store.state_version}"
+        )
+    return _Loaded(release)
+
+
+def _check_still_sound(release: Release) -> None:
+    """Users are to blame only while the golden inputs still pass; else the device or the library is."""
+    report = release.verify()
+    if not report.passed:
+        raise GoldenMismatch(f"the encoder stopped working during the run: {report}")
