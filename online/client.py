@@ -1,0 +1,163 @@
+"""A small typed client of the UserTower service."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from model.records import Context, Id
+from online.generated import tower_pb2 as pb
+
+_SERVICE = "/hybridtower.v1.UserTower/"
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A reply of Embed."""
+
+    vector: NDArray[np.float32]
+    """f32 [E], L2-normalised."""
+    answer: str
+    """EXACT, PREVIOUS_RELEASE or COLD_START."""
+    reason: str
+    """Why the serving release's stored state was not used; "" for EXACT."""
+    release_id: str
+    epoch: int
+    state_version: str
+    embedding_version: str
+    state_age_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """A row of EmbedBatch that failed."""
+
+    status: grpc.StatusCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedQuery:
+    """One row of EmbedBatch; the arguments of `UserTowerClient.embed`."""
+
+    user_id: Id
+    context: Context | None = None
+    policy: str | None = None
+    expected_embedding_version: str = ""
+    accept_previous_release: bool = False
+
+
+_POLICIES = {None: pb.POLICY_UNSPECIFIED, "cold_start": pb.POLICY_COLD_START, "strict": pb.POLICY_STRICT}
+_ANSWERS = {
+    pb.ANSWER_EXACT: "EXACT",
+    pb.ANSWER_PREVIOUS_RELEASE: "PREVIOUS_RELEASE",
+    pb.ANSWER_COLD_START: "COLD_START",
+}
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class UserTowerClient:
+    """Calls one server over one channel; safe to use from several threads.
+
+    Errors arrive as grpc.RpcError with the status codes listed in tower.proto.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_s: float | None = 1.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """target: host:port. timeout_s: deadline of each call, None for the server's. credentials: TLS where given."""
+        if credentials is None:
+            self.channel = grpc.insecure_channel(target)
+        else:
+            self.channel = grpc.secure_channel(target, credentials)
+        self._timeout_s = timeout_s
+        self._embed = self.channel.unary_unary(
+            _SERVICE + "Embed", pb.EmbedRequest.SerializeToString, pb.EmbedReply.FromString
+        )
+        self._embed_batch = self.channel.unary_unary(
+            _SERVICE + "EmbedBatch", pb.EmbedBatchRequest.SerializeToString, pb.EmbedBatchReply.FromString
+        )
+
+    def embed(
+        self,
+        user_id: Id,
+        context: Context | None = None,
+        *,
+        policy: str | None = None,
+        expected_embedding_version: str = "",
+        accept_previous_release: bool = False,
+    ) -> Embedding:
+        """One user's embedding. policy: cold_start or strict; None for the server's default."""
+        query = EmbedQuery(user_id, context, policy, expected_embedding_version, accept_previous_release)
+        return _embedding(self._embed(write_query(query), timeout=self._timeout_s))
+
+    def embed_batch(self, queries: Iterable[EmbedQuery]) -> list[Embedding | RowError]:
+        """Many users in one call; a row that failed has its error in its place."""
+        message = pb.EmbedBatchRequest(requests=[write_query(query) for query in queries])
+        reply = self._embed_batch(message, timeout=self._timeout_s)
+        return [
+            _embedding(row.reply) if row.HasField("reply") else RowError(_CODES[row.error.code], row.error.message)
+            for row in reply.rows
+        ]
+
+    def close(self) -> None:
+        """Close the channel."""
+        self.channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def write_query(query: EmbedQuery) -> pb.EmbedRequest:
+    """The query as an EmbedRequest."""
+    return pb.EmbedRequest(
+        user_id=_id(query.user_id),
+        context=None if query.context is None else write_context(query.context),
+        policy=_POLICIES[query.policy],
+        expected_embedding_version=query.expected_embedding_version,
+        accept_previous_release=query.accept_previous_release,
+    )
+
+
+def write_context(context: Context) -> pb.Context:
+    """The context as a message."""
+    return pb.Context(
+        features=dict(context.features),
+        timestamp_us=context.timestamp_us,
+        session_events=[
+            pb.SessionEvent(item_id=_id(e.item_id), event_type=e.event_type, timestamp_us=e.timestamp_us)
+            for e in context.session_events
+        ],
+        subject_items=[pb.SubjectItem(item_id=_id(s.item_id), confidence=s.confidence) for s in context.subject_items],
+        query_vector=None if context.query_vector is None else context.query_vector.tolist(),
+    )
+
+
+def _id(value: Id) -> pb.Id:
+    return pb.Id(string_id=value) if isinstance(value, str) else pb.Id(int_id=value)
+
+
+def _embedding(reply: pb.EmbedReply) -> Embedding:
+    return Embedding(
+        vector=np.array(reply.embedding, np.float32),
+        answer=_ANSWERS.get(reply.answer, str(reply.answer)),
+        reason=reply.reason,
+        release_id=reply.release_id,
+        epoch=reply.epoch,
+        state_version=reply.state_version,
+        embedding_version=reply.embedding_version,
+        state_age_us=reply.state_age_us,
+    )

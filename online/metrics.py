@@ -1,0 +1,85 @@
+"""What the service tells Prometheus. One registry a process, so that tests and workers do not share counters."""
+
+from wsgiref.simple_server import WSGIServer
+
+import prometheus_client as prom
+
+from online.engine import Answered
+from online.residents import ResidentSet
+
+_LATENCY_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_AGE_S = (3600, 6 * 3600, 12 * 3600, 86_400, 2 * 86_400, 4 * 86_400, 7 * 86_400, 14 * 86_400, 30 * 86_400, 90 * 86_400)
+
+
+class Metrics:
+    """Counters, histograms and gauges of one process."""
+
+    def __init__(self) -> None:
+        self.registry = prom.CollectorRegistry()
+        prom.ProcessCollector(registry=self.registry)
+        self._rows = prom.Counter(
+            "tower_embeddings", "Embeddings answered.", ["release", "answer", "reason"], registry=self.registry
+        )
+        self._errors = prom.Counter(
+            "tower_errors", "Requests, or rows of a batch, that ended in an error.", ["method", "status"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._latency = prom.Histogram(
+            "tower_latency_seconds", "From the handler's start to its reply.", ["method"], buckets=_LATENCY_S,
+            registry=self.registry,
+        )  # fmt: skip
+        self._age = prom.Histogram(
+            "tower_state_age_seconds", "Now minus the as-of time of the state that was used.", buckets=_AGE_S,
+            registry=self.registry,
+        )  # fmt: skip
+        self._store_errors = prom.Counter(
+            "tower_store_errors", "Failed reads of the state store.", ["kind"], registry=self.registry
+        )
+        self._refusals = prom.Counter(
+            "tower_release_refusals", "Releases or pointers that were not taken.", ["kind"], registry=self.registry
+        )
+        self._epoch = prom.Gauge("tower_epoch", "Epoch of the serving pointer in use.", registry=self.registry)
+        self._releases = prom.Gauge(
+            "tower_loaded_releases", "1 for each loaded release.",
+            ["release", "role", "state_version", "embedding_version"], registry=self.registry,
+        )  # fmt: skip
+        self._row_counters: dict[tuple[str, str, str], prom.Counter] = {}
+        self._latencies = {method: self._latency.labels(method) for method in ("Embed", "EmbedBatch")}
+
+    def answered(self, row: Answered) -> None:
+        """Count one embedding."""
+        key = (row.resident.release_id, row.answer.name, row.reason)
+        counter = self._row_counters.get(key)
+        if counter is None:
+            counter = self._row_counters[key] = self._rows.labels(*key)
+        counter.inc()
+        if row.state_age_us:
+            self._age.observe(row.state_age_us * 1e-6)
+
+    def failed(self, method: str, status: str) -> None:
+        """Count one error."""
+        self._errors.labels(method, status).inc()
+
+    def took(self, method: str, seconds: float) -> None:
+        """Time one request."""
+        self._latencies[method].observe(seconds)
+
+    def store_failed(self, kind: str) -> None:
+        """Count one failed read: timeout, connection, reply, or refused while the circuit is open."""
+        self._store_errors.labels(kind).inc()
+
+    def release_refused(self, kind: str) -> None:
+        """Count one refusal: golden, checkpoint, lower_epoch or registry."""
+        self._refusals.labels(kind).inc()
+
+    def loaded(self, residents: ResidentSet) -> None:
+        """Show what is loaded now."""
+        self._epoch.set(residents.epoch)
+        self._releases.clear()
+        for r in residents.residents:
+            self._releases.labels(r.release_id, r.role.value, r.state_version, r.embedding_version).set(1)
+
+    def serve(self, host: str, port: int) -> WSGIServer:
+        """Answer GET /metrics from a thread of its own; port 0 picks a free one (`server_port`)."""
+        server, _ = prom.start_http_server(port, addr=host, registry=self.registry)
+        return server

@@ -1,0 +1,157 @@
+"""The releases loaded in this process, as one immutable value that every request pins when it comes in.
+
+A `ResidentSet` belongs to one epoch of the serving pointer. When the pointer moves, a new set is built beside the old
+one and swapped in by one assignment, so a request sees the old set or the new one, never a mixture.
+
+Legend: B requests, D state width, E embedding width, V views.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feature_repo import layout
+from model.config import TowerConfig
+from model.dataset import DatasetDescription
+from model.errors import CheckpointError
+from model.records import Context
+
+
+class Manifest(Protocol):
+    """What the service needs to know of a release (see `model.release.Manifest`)."""
+
+    @property
+    def release_id(self) -> str: ...
+    @property
+    def state_version(self) -> str: ...
+    @property
+    def embedding_version(self) -> str: ...
+    @property
+    def config(self) -> TowerConfig: ...
+    @property
+    def description(self) -> DatasetDescription: ...
+
+
+class Head(Protocol):
+    """The real-time half of a release: state and context to user embedding."""
+
+    @property
+    def cold_state(self) -> NDArray[np.float32]:
+        """f32 [D]."""
+        ...
+
+    def embed(
+        self, states: NDArray[np.float32], contexts: Sequence[Context], history_until_us: Sequence[int | None]
+    ) -> NDArray[np.float32]:
+        """f32 [B, D] to f32 [B, E]."""
+        ...
+
+
+class Role(Enum):
+    """What the serving pointer says of a release."""
+
+    SERVING = "serving"
+    PREPARED = "prepared"
+    PREVIOUS = "previous"
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Where the states of one version are stored, and what they must look like."""
+
+    state_version: str
+    d_model: int
+    start: int
+    """Where the view's values begin among the values fetched for a user."""
+
+    @property
+    def stop(self) -> int:
+        """Where they end."""
+        return self.start + layout.ROW_LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """One loaded release."""
+
+    role: Role
+    release_id: str
+    state_version: str
+    embedding_version: str
+    config: TowerConfig
+    head: Head = field(compare=False)
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentSet:
+    """The serving pointer's epoch and the releases loaded for it, serving first. Built by `resident_set`."""
+
+    epoch: int
+    residents: tuple[Resident, ...]
+    fields: tuple[bytes, ...]
+    """Redis hash fields of every view, one view after another; releases that share a state_version share a view."""
+    description: DatasetDescription
+    context_columns: frozenset[str]
+    """Context features that some resident declares; the others ignore them."""
+    query_dims: frozenset[int]
+
+    @property
+    def serving(self) -> Resident:
+        """The release that answers unless a caller asks otherwise."""
+        return self.residents[0]
+
+    def candidates(self, expected_embedding_version: str, accept_previous: bool) -> tuple[Resident, ...]:
+        """The releases that may answer a request, in the order they are asked; empty where none may.
+
+        expected_embedding_version: "" for any; else only releases of that version, the serving one first.
+        accept_previous: whether the release that served before may stand in for the serving one.
+        """
+        if expected_embedding_version:
+            return tuple(r for r in self.residents if r.embedding_version == expected_embedding_version)
+        if accept_previous:
+            return tuple(r for r in self.residents if r.role is not Role.PREPARED)
+        return self.residents[:1]
+
+
+def resident_set(epoch: int, loaded: Mapping[Role, tuple[Manifest, Head]]) -> ResidentSet:
+    """The immutable set of what is loaded.
+
+    loaded: manifest and head by role; the serving release must be among them.
+    Raises CheckpointError where two releases disagree on the kind of their ids or on the width of a shared state.
+    """
+    views: dict[str, View] = {}
+    residents: list[Resident] = []
+    serving = loaded[Role.SERVING][0]
+    for role in (Role.SERVING, Role.PREVIOUS, Role.PREPARED):
+        if role not in loaded:
+            continue
+        manifest, head = loaded[role]
+        for name in ("user_id_type", "item_id_type"):
+            wanted, found = getattr(serving.description, name), getattr(manifest.description, name)
+            if wanted != found:
+                raise CheckpointError(
+                    f"releases of one service must agree on {name}: {serving.release_id} has {wanted}, "
+                    f"{manifest.release_id} has {found}"
+                )
+        version, width = manifest.state_version, manifest.config.d_model
+        view = views.setdefault(version, View(version, width, len(views) * layout.ROW_LENGTH))
+        if view.d_model != width:
+            raise CheckpointError(f"state_version {version} has width {view.d_model} and {width}; it must be one")
+        residents.append(
+            Resident(role, manifest.release_id, version, manifest.embedding_version, manifest.config, head, view)
+        )
+    fields = [name for version in views for name in layout.row_fields(layout.view_name(version))]
+    manifests = [manifest for manifest, _ in loaded.values()]
+    return ResidentSet(
+        epoch=epoch,
+        residents=tuple(residents),
+        fields=tuple(fields),
+        description=serving.description,
+        context_columns=frozenset(name for m in manifests for name in m.description.head_columns),
+        query_dims=frozenset(m.config.query_dim for m in manifests),
+    )

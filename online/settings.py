@@ -1,0 +1,64 @@
+"""Everything the service is told from outside, read once at start-up."""
+
+from dataclasses import dataclass
+
+from model.errors import ConfigError
+
+POLICIES = ("cold_start", "strict")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Settings of one server process. Raises ConfigError when built from nonsense."""
+
+    registry: str
+    """URI of the release registry."""
+    redis_url: str
+    bind: str = "127.0.0.1"
+    """Address of the network interface, for requests and metrics."""
+    port: int = 50051
+    """0 picks a free port."""
+    metrics_port: int = 9464
+    """0 picks a free port."""
+    workers: int = 1
+    threads: int = 4
+    """Requests worked on at once in one process."""
+    max_queue: int = 256
+    """Requests of one process that may wait beyond those being worked on."""
+    policy: str = "cold_start"
+    """What to do without a usable state when the request does not say."""
+    deadline_ms: float = 250.0
+    """Time given to a request that sets no deadline."""
+    store_timeout_ms: float = 50.0
+    """Longest wait for Redis."""
+    max_state_age_s: float | None = None
+    """Oldest state that is used; None for any age."""
+    poll_ms: float = 1000.0
+    """How often the serving pointer is looked at."""
+    notice_s: float = 1.0
+    """After SIGTERM: how long requests are still taken while health already says NOT_SERVING."""
+    drain_s: float = 10.0
+    """After that: how long requests in progress may take to end."""
+    tls_cert: str | None = None
+    """PEM file of the server's certificate chain."""
+    tls_key: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("port", "metrics_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ConfigError(f"{name} must be in [0, 65535], got {getattr(self, name)}")
+        for name in ("deadline_ms", "store_timeout_ms", "poll_ms"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0 ms, got {getattr(self, name)}")
+        for name in ("max_queue", "notice_s", "drain_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.max_state_age_s is not None and not self.max_state_age_s > 0:
+            raise ConfigError(f"max_state_age_s must be above 0, got {self.max_state_age_s}")
+        if self.policy not in POLICIES:
+            raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls_cert and tls_key go together; one of them is missing")

@@ -1,0 +1,208 @@
+"""Proto to records and back. Whatever arrives is checked here once; what passes is what the loaded releases declare.
+
+Replies are written as bytes: a float array is already what protobuf wants on the wire, and all that repeats from
+request to request (release, epoch, versions, answer, reason) is encoded once and spliced.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from time import monotonic
+
+import numpy as np
+
+from model.records import Context, Event, Id, SubjectItem
+from online.engine import Answered, Request
+from online.errors import RequestError
+from online.generated import tower_pb2 as pb
+from online.guard import Answer
+from online.residents import ResidentSet
+
+MAX_ROWS = 1024
+"""Most requests in one EmbedBatch."""
+MAX_SESSION_EVENTS = 1000
+MAX_SUBJECT_ITEMS = 100
+MAX_TEXT = 1024
+"""Most characters of a string id, an event type or a context value."""
+
+_ID_FIELDS = {"int64": "int_id", "string": "string_id"}
+
+
+def read_request(
+    message: pb.EmbedRequest, residents: ResidentSet, *, deadline: float, strict_by_default: bool
+) -> Request:
+    """A checked request. deadline: seconds of `time.monotonic`.
+
+    Raises RequestError, which names the field, what was wanted and what was found.
+    """
+    description = residents.description
+    user_id = _read_id(message.user_id, description.user_id_type, "user_id")
+    if message.policy == pb.POLICY_UNSPECIFIED:
+        strict = strict_by_default
+    elif message.policy in (pb.POLICY_COLD_START, pb.POLICY_STRICT):
+        strict = message.policy == pb.POLICY_STRICT
+    else:
+        raise RequestError(f"policy: wanted POLICY_COLD_START or POLICY_STRICT, got {message.policy}")
+    return Request(
+        user_id=user_id,
+        context=_read_context(message.context, residents) if message.HasField("context") else _EMPTY,
+        deadline=deadline,
+        strict=strict,
+        expected_embedding_version=message.expected_embedding_version,
+        accept_previous=message.accept_previous_release,
+    )
+
+
+_EMPTY = Context()
+
+
+def _read_id(message: pb.Id, wanted: str, name: str) -> Id:
+    kind = message.WhichOneof("kind")
+    if kind != _ID_FIELDS[wanted]:
+        raise RequestError(f"{name}: the releases declare {wanted} ids, wanted {_ID_FIELDS[wanted]}, got {kind}")
+    if kind == "int_id":
+        return message.int_id
+    return _text(message.string_id, name)
+
+
+def _text(value: str, name: str) -> str:
+    if len(value) > MAX_TEXT:
+        raise RequestError(f"{name}: at most {MAX_TEXT} characters, got {len(value)}")
+    return value
+
+
+def _read_context(message: pb.Context, residents: ResidentSet) -> Context:
+    features: dict[str, str] = dict(message.features)
+    for name, value in features.items():
+        if name not in residents.context_columns:
+            known = ", ".join(sorted(residents.context_columns)) or "none"
+            raise RequestError(f"context.features: {name!r} is not declared; the loaded releases know: {known}")
+        _text(value, f"context.features[{name!r}]")
+    session: tuple[Event, ...] = ()
+    if message.session_events:
+        session = _read_session(message.session_events, residents.description.item_id_type)
+    subjects: tuple[SubjectItem, ...] = ()
+    if message.subject_items:
+        subjects = _read_subjects(message.subject_items, residents.description.item_id_type)
+    query = None
+    if message.query_vector:
+        query = np.array(message.query_vector, np.float32)
+        if len(query) not in residents.query_dims:
+            wanted = " or ".join(str(dim) for dim in sorted(residents.query_dims))
+            raise RequestError(f"context.query_vector: wanted {wanted} values, got {len(query)}")
+        if not np.isfinite(query).all():
+            raise RequestError("context.query_vector: every value must be finite")
+    time_us = message.timestamp_us if message.HasField("timestamp_us") else None
+    return Context(features, time_us, session, subjects, query)
+
+
+def _read_session(messages: Sequence[pb.SessionEvent], id_type: str) -> tuple[Event, ...]:
+    if len(messages) > MAX_SESSION_EVENTS:
+        raise RequestError(f"context.session_events: at most {MAX_SESSION_EVENTS}, got {len(messages)}")
+    events = tuple(
+        Event(
+            _read_id(message.item_id, id_type, "context.session_events.item_id"),
+            _text(message.event_type, "context.session_events.event_type"),
+            message.timestamp_us,
+        )
+        for message in messages
+    )
+    for before, after in pairwise(events):
+        if after.timestamp_us < before.timestamp_us:
+            raise RequestError(
+                f"context.session_events: wanted oldest first, got {after.timestamp_us} after {before.timestamp_us}"
+            )
+    return events
+
+
+def _read_subjects(messages: Sequence[pb.SubjectItem], id_type: str) -> tuple[SubjectItem, ...]:
+    if len(messages) > MAX_SUBJECT_ITEMS:
+        raise RequestError(f"context.subject_items: at most {MAX_SUBJECT_ITEMS}, got {len(messages)}")
+    subjects = []
+    for message in messages:
+        confidence = message.confidence if message.HasField("confidence") else 1.0
+        if not 0.0 <= confidence <= 1.0:  # NaN too
+            raise RequestError(f"context.subject_items.confidence: wanted a number in [0, 1], got {confidence}")
+        subjects.append(SubjectItem(_read_id(message.item_id, id_type, "context.subject_items.item_id"), confidence))
+    return tuple(subjects)
+
+
+def write_reply(answered: Answered) -> bytes:
+    """A serialised EmbedReply."""
+    resident = answered.resident
+    floats = answered.embedding_E.astype("<f4", copy=False).tobytes()
+    fixed = _fixed_part(
+        len(floats),
+        resident.release_id,
+        answered.epoch,
+        resident.state_version,
+        resident.embedding_version,
+        answered.answer,
+        answered.reason,
+    )
+    return fixed + floats + _STATE_AGE + _varint(answered.state_age_us)
+
+
+_EMBEDDING = pb.EmbedReply.EMBEDDING_FIELD_NUMBER << 3 | 2
+_STATE_AGE = bytes([pb.EmbedReply.STATE_AGE_US_FIELD_NUMBER << 3])
+
+
+_ANSWERS = {
+    Answer.EXACT: pb.ANSWER_EXACT,
+    Answer.PREVIOUS_RELEASE: pb.ANSWER_PREVIOUS_RELEASE,
+    Answer.COLD_START: pb.ANSWER_COLD_START,
+}
+
+
+@lru_cache(maxsize=1024)
+def _fixed_part(
+    size: int, release_id: str, epoch: int, state_version: str, embedding_version: str, answer: Answer, reason: str
+) -> bytes:
+    """All that stands before the packed floats; fields of a message may come in any order."""
+    reply = pb.EmbedReply(
+        release_id=release_id,
+        epoch=epoch,
+        state_version=state_version,
+        embedding_version=embedding_version,
+        answer=_ANSWERS[answer],
+        reason=reason,
+    )
+    return reply.SerializeToString() + bytes([_EMBEDDING]) + _varint(size)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+_REPLY_IN_ROW = bytes([pb.EmbedBatchRow.REPLY_FIELD_NUMBER << 3 | 2])
+_ROW = bytes([pb.EmbedBatchReply.ROWS_FIELD_NUMBER << 3 | 2])
+
+
+def write_batch(rows: Sequence[bytes | tuple[int, str]]) -> bytes:
+    """A serialised EmbedBatchReply. rows: a serialised EmbedReply, or (status code, message) of a failed row."""
+    parts = []
+    for row in rows:
+        if isinstance(row, bytes):
+            data = _REPLY_IN_ROW + _varint(len(row)) + row
+        else:
+            code, message = row
+            data = pb.EmbedBatchRow(error=pb.RowError(code=code, message=message)).SerializeToString()
+        parts += [_ROW, _varint(len(data)), data]
+    return b"".join(parts)
+
+
+def deadline_after(time_remaining_s: float | None, default_s: float) -> float:
+    """When a request must be answered, in seconds of `time.monotonic`; without a deadline, the default."""
+    if time_remaining_s is None or not math.isfinite(time_remaining_s) or time_remaining_s > _FOREVER_S:
+        time_remaining_s = default_s
+    return monotonic() + time_remaining_s
+
+
+_FOREVER_S = 86_400.0
+"""gRPC says "no deadline" with a time centuries away."""
