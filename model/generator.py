@@ -201,7 +201,7 @@ def _make_items(settings: GeneratorSettings, rng: np.random.Generator) -> _Items
     ]))  # fmt: skip
     first_of_topic = np.concatenate([[True], topic_N[1:] != topic_N[:-1]])
     start_of_topic = np.flatnonzero(first_of_topic)
-    appeal_N = (rng.permutation(settings.items) + 5.0) ** -0.8
+    appeal_N = np.power(rng.permutation(settings.items) + 5.0, -0.8).astype(np.float64)
     born_N = rng.integers(0, settings.days * _DAY_S, size=settings.items)
     before = (rng.random(settings.items) < 0.5) | first_of_topic  # no topic is ever empty
     born_N = np.where(before, -rng.integers(1, 30 * _DAY_S, size=settings.items), born_N)
