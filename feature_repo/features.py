@@ -6,10 +6,14 @@ The alias, FeatureService `user_state`, moves with `feast apply`, not with the f
 """
 
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
 from feast.types import Array, Float32, Int64, String
 
@@ -36,7 +40,7 @@ def define(registry_uri: str, states_uri: str) -> Definitions:
     """The entity, a view per state version, and the service for a registry and a folder of states.
 
     Every committed run is read: a run's folder appears whole, by one rename, so the pattern never meets half of one.
-    Raises ConfigError.
+    The pattern also takes in the empty table of `write_schema_file`. Raises ConfigError.
     """
     releases = read_releases(registry_uri)
     serving = serving_release(registry_uri, releases)
@@ -64,11 +68,47 @@ def define(registry_uri: str, states_uri: str) -> Definitions:
     return Definitions(entity, tuple(views.values()), service)
 
 
+def states_schema(user_id_type: str) -> pa.Schema:
+    """Columns of the job's states files."""
+    return pa.schema(
+        [
+            pa.field(ENTITY, pa.int64() if user_id_type == "int64" else pa.string()),
+            pa.field("state", pa.list_(pa.float32())),
+            pa.field("state_version", pa.string()),
+            pa.field("history_until", pa.int64()),
+            pa.field("encoded_at", pa.int64()),
+            pa.field("event_timestamp", pa.timestamp("us", "UTC")),
+        ]
+    )
+
+
+def write_schema_file(states_uri: str, release: StoredRelease) -> None:
+    """An empty states table beside the runs, unless it is there.
+
+    Without it one release that has not been encoded yet would fail `feast materialize` for all views: Feast reads the
+    columns from the files the pattern finds. Raises ConfigError where the states cannot be written.
+    """
+    filesystem, root = fsspec.core.url_to_fs(states_uri)
+    folder = f"{root.rstrip('/')}/{release.state_version}/runs.empty/schema/states"
+    path = f"{folder}/shard-00000.parquet"
+    try:
+        if filesystem.exists(path):
+            return
+        sink = pa.BufferOutputStream()
+        pq.write_table(states_schema(release.user_id_type).empty_table(), sink)
+        filesystem.makedirs(folder, exist_ok=True)
+        temporary = f"{folder}/.{uuid.uuid4().hex}"
+        filesystem.pipe_file(temporary, sink.getvalue().to_pybytes())
+        filesystem.mv(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write the schema of {release.state_version} under {states_uri}: {error}") from error
+
+
 def _view(release: StoredRelease, entity: Entity, entity_field: Field, states_uri: str) -> FeatureView:
     name = view_name(release.state_version)
     source = FileSource(
         name=f"{name}__runs",
-        path=f"{states_uri}/{release.state_version}/runs/*/states/shard-*.parquet",
+        path=f"{states_uri}/{release.state_version}/runs*/*/states/shard-*.parquet",
         timestamp_field="event_timestamp",
     )
     return FeatureView(
@@ -96,6 +136,8 @@ def _from_environment(environ: Mapping[str, str]) -> Definitions:
     for name in (REGISTRY, STATES):
         if "://" not in environ[name] and not os.path.isabs(environ[name]):
             raise ConfigError(f"{name} must be an absolute path or a URI, got {environ[name]!r}")
+    for release in read_releases(environ[REGISTRY]):
+        write_schema_file(environ[STATES], release)
     return define(environ[REGISTRY], environ[STATES])
 
 

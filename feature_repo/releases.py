@@ -22,7 +22,6 @@ class StoredRelease:
 
     release_id: str
     state_version: str
-    created_at: str
     user_id_type: str
     state_width: int
 
@@ -47,7 +46,7 @@ def read_releases(registry_uri: str) -> list[StoredRelease]:
             releases.append(_stored_release(name, manifest))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"cannot read {path}: {type(error).__name__}: {error}. {_REFUSAL}") from error
-    return sorted(releases, key=lambda release: (release.created_at, release.release_id))
+    return releases
 
 
 def _stored_release(name: str, manifest: Mapping[str, Any]) -> StoredRelease:
@@ -56,7 +55,6 @@ def _stored_release(name: str, manifest: Mapping[str, Any]) -> StoredRelease:
     return StoredRelease(
         release_id=name,
         state_version=str(manifest["state_version"]),
-        created_at=str(manifest["created_at"]),
         user_id_type=str(manifest["description"]["user_id_type"]),
         state_width=int(manifest["config"]["d_model"]),
     )
