@@ -1,0 +1,120 @@
+"""tower-train: an event log in, a release in the registry out."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+
+from model.dataset import find_description, load_description
+from model.errors import ConfigError, DataError, TowerError
+from model.event_log import read_items, read_log, read_users
+from model.release import Registry
+from model.training.data import training_part
+from model.training.loop import train
+from model.training.settings import LogCounts, TrainSettings, config_for, settings_for
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """tower-train. Returns 0, or 1 with a message when something is wrong with the input."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        _train(args)
+    except TowerError as error:
+        print(f"tower-train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tower-train", description="Train a tower; ends with a release.")
+    parser.add_argument("--events", required=True, help="Parquet file or folder")
+    parser.add_argument("--items", required=True)
+    parser.add_argument("--users")
+    parser.add_argument("--dataset", help="dataset description, file or name; default: found beside the events")
+    parser.add_argument("--registry", required=True)
+    parser.add_argument("--out", type=Path, help="checkpoint, summary.json, TensorBoard (default: REGISTRY/training)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    parser.add_argument("--head-only-from", metavar="RELEASE", help="keep that release's encoder and state version")
+    parser.add_argument("--max-minutes", type=float)
+    parser.add_argument("--max-users", type=int)
+    parser.add_argument("--max-events", type=int)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="any field of TrainSettings or TowerConfig"
+    )  # fmt: skip
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    registry = Registry(args.registry)
+    if args.head_only_from is not None and args.dataset is None:
+        description = registry.manifest(args.head_only_from).description
+    else:
+        description = find_description(args.events) if args.dataset is None else load_description(args.dataset)
+    users = None
+    if description.user_columns:
+        if args.users is None:
+            raise DataError(f"the description declares user columns {list(description.user_columns)}; give --users")
+        users = read_users(args.users, description)
+    events, _ = read_log(args.events, description)
+    items = read_items(args.items, description)
+    part = training_part(events, description).train
+    counts = LogCounts(events=part.num_rows, users=pc.count_distinct(part["user_id"]).as_py(), items=items.num_rows)
+    given = {name: getattr(args, name) for name in ("epochs", "seed", "max_minutes", "max_users", "max_events")}
+    settings = settings_for(description, counts, device=device)
+    config = config_for(description, counts)
+    setting_names = {f.name for f in fields(TrainSettings)}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    towers: dict[str, Any] = {}
+    for text in args.set:
+        name, _, value = text.partition("=")
+        (chosen if name in setting_names else towers)[name] = _value(text, value)
+    if towers and args.head_only_from is not None:
+        raise ConfigError(f"a head-only run keeps the release's config; {', '.join(towers)} cannot be set")
+    try:
+        settings = replace(settings, **chosen)
+    except TypeError as error:
+        raise ConfigError(f"--set: {error}") from None
+    result = train(
+        events,
+        items,
+        users,
+        description,
+        registry,
+        settings=settings,
+        config=type(config).from_dict(config.to_dict() | towers),
+        device=device,
+        folder=args.out or Path(args.registry) / "training",
+        resume=args.resume,
+        head_only_from=args.head_only_from,
+    )
+    manifest = result.manifest
+    for said in result.summary["capped"]:
+        print(f"capped: {said}")
+    print(f"release {manifest.release_id}")
+    print(f"state version {manifest.state_version}, embedding version {manifest.embedding_version}")
+    print(json.dumps({name: round(value, 4) for name, value in manifest.metrics.items()}))
+
+
+def _value(text: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        if "=" not in text:
+            raise ConfigError(f"--set takes NAME=VALUE, got {text!r}") from None
+        return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

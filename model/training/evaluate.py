@@ -1,0 +1,437 @@
+"""tower-evaluate: what a release is worth on the test part of a log, beside popularity.
+
+Every test event is asked as a request just before it and ranked among the whole catalogue. A time split cuts the
+state at the last daily refresh before the event and gives the events since then as session; leave-one-out asks each
+user's last positive event from the state after all before it.
+"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from model.context_head import ContextHead
+from model.dataset import DatasetDescription
+from model.encoder import Encoder
+from model.errors import ConfigError, DataError, TowerError
+from model.event_log import read_items, read_log, read_users
+from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue
+from model.release import Registry, Release
+from model.training.data import (
+    EventArrays,
+    Ints,
+    absent_contexts,
+    available_from,
+    history_batches,
+    last_positives,
+    training_part,
+)
+
+log = logging.getLogger(__name__)
+
+REPORT_FORMAT = 1
+SLICES = ("all", "item_seen", "item_unseen", "user_with_history", "user_without_history")
+_HOUR_US = 3_600_000_000
+
+
+@torch.inference_mode()
+def embed_requests(
+    encoder: Encoder,
+    head: ContextHead,
+    item_IE: torch.Tensor,
+    events: EventArrays,
+    target_B: Ints,
+    cut_B: Ints,
+    *,
+    with_context: bool = True,
+    batch: int = 8192,
+) -> torch.Tensor:
+    """User embeddings of requests just before given events: f32 [B, E], L2-normalised, on the head's device.
+
+    encoder, head: in evaluation mode, on one device. item_IE: f32 [I, E], the item tower's rows.
+    target_B: i64 [B], events asked for. cut_B: i64 [B], last event each state has seen; below the user's first event
+    for a cold start. with_context: False gives the same states and no context at all.
+    """
+    config, device = head.config, head.cold_state_D.device
+    cold_B = cut_B < events.offsets[events.user_T[target_B]]
+    distinct_Q, state_of_B = np.unique(cut_B[~cold_B], return_inverse=True)
+    state_QD = torch.empty(len(distinct_Q), config.d_model, device=device)
+    for index, histories in history_batches(distinct_Q, events, config.history_limit, 4 * batch):
+        state_QD[torch.from_numpy(index).to(device)] = encoder.states(histories.to(device))
+    row_B = np.full(len(target_B), -1)
+    row_B[~cold_B] = state_of_B
+    user_BE = torch.empty(len(target_B), config.embedding_dim, device=device)
+    for start in range(0, len(target_B), batch):
+        part = slice(start, start + batch)
+        row = torch.from_numpy(row_B[part]).to(device)
+        state_BD = head.cold_state_D.expand(len(row), -1).clone()
+        state_BD[row >= 0] = state_QD[row[row >= 0]]
+        if with_context:
+            context = events.contexts(target_B[part], cut_B[part], config)
+        else:
+            context = absent_contexts(len(row), len(head.column_embeddings), config)
+        user_BE[part] = head(state_BD, context.to(device), item_IE)
+    return user_BE
+
+
+@dataclass(frozen=True, slots=True)
+class TestSet:
+    """The requests a test asks."""
+
+    target_B: Ints
+    """Events asked for, in log order."""
+    cut_B: Ints
+    """Last event each state has seen; below the user's first event where there is none."""
+    total: int
+    """Test events there were before sampling."""
+    seen_item_B: NDArray[np.bool_]
+    """Whether the item occurred in the training part."""
+    history_B: NDArray[np.bool_]
+    """Whether the user has a state."""
+    trained_T: NDArray[np.bool_]
+    """[T], whether training could see the event."""
+
+
+def make_test_set(
+    table: pa.Table, events: EventArrays, description: DatasetDescription, *, limit: int | None, seed: int
+) -> TestSet:
+    """The test events of a log, by the description's split, at most `limit` of them, drawn with the seed.
+
+    table: the whole log; events: the same as arrays. Raises DataError where the split leaves no test event.
+    """
+    split = training_part(table, description)
+    if split.test_from_us is None:
+        last_U = last_positives(events.offsets, events.positive_T)
+        target = last_U[last_U >= 0]
+        cut = target - 1
+        trained_T = (last_U[events.user_T] < 0) | (np.arange(len(events.user_T)) < last_U[events.user_T])
+    else:
+        first, last = int(events.time_us_T.min()), int(events.time_us_T.max())
+        test_from_us, test_until_us = description.evaluation.window_us(first, last)
+        inside = (events.time_us_T >= test_from_us) & (events.time_us_T < test_until_us)
+        target = np.flatnonzero(events.positive_T & inside)
+        cut = events.refresh_cut_T[target]
+        trained_T = events.time_us_T < test_from_us
+    if not len(target):
+        raise DataError("the description's evaluation leaves no positive test event in this log")
+    total = len(target)
+    if limit is not None and total > limit:
+        chosen = np.sort(np.random.default_rng(seed).choice(total, limit, replace=False))
+        target, cut = target[chosen], cut[chosen]
+    seen_items = np.unique(events.item_T[trained_T])
+    return TestSet(
+        target_B=target,
+        cut_B=cut,
+        total=total,
+        seen_item_B=np.isin(events.item_T[target], seen_items),
+        history_B=cut >= events.offsets[events.user_T[target]],
+        trained_T=trained_T,
+    )
+
+
+def popularity_ranks(count_N: Ints, item_B: Ints, candidate: Callable[[int], NDArray[np.bool_] | None]) -> Ints:
+    """Ranks when all requests get the items by falling count; ties go to the lower row, as in ranks_of.
+
+    count_N: i64 [N]. item_B: i64 [B]; an item that is no candidate gets rank N + 1.
+    candidate: mask [N] of the b-th request, or None for every item.
+    """
+    ranks = np.empty(len(item_B), np.int64)
+    for b, item in enumerate(item_B.tolist()):
+        ranks[b] = _count_rank(count_N, item, candidate(b))
+    return ranks
+
+
+def recent_popularity_ranks(
+    events: EventArrays,
+    item_B: Ints,
+    time_us_B: Ints,
+    hours: float,
+    candidate: Callable[[int], NDArray[np.bool_] | None],
+) -> Ints:
+    """The same by counts of positive events in the `hours` before each request: t - hours <= time < t.
+
+    The window moves with the request and sees test events that came before it, as a live counter would.
+    """
+    positive = np.flatnonzero(events.positive_T & (events.item_T < events.num_items))
+    positive = positive[np.argsort(events.time_us_T[positive], kind="stable")]
+    time_us, item = events.time_us_T[positive], events.item_T[positive]
+    entered = np.searchsorted(time_us, time_us_B, side="left")
+    left = np.searchsorted(time_us, time_us_B - int(hours * _HOUR_US), side="left")
+    count_N = np.zeros(events.num_items, np.int32)
+    ranks = np.empty(len(item_B), np.int64)
+    low = high = 0
+    for b in np.argsort(time_us_B, kind="stable").tolist():
+        np.add.at(count_N, item[high : entered[b]], 1)
+        np.subtract.at(count_N, item[low : left[b]], 1)
+        low, high = int(left[b]), int(entered[b])
+        ranks[b] = _count_rank(count_N, int(item_B[b]), candidate(b))
+    return ranks
+
+
+def _count_rank(count_N: NDArray[Any], item: int, candidate_N: NDArray[np.bool_] | None) -> int:
+    size = len(count_N)
+    if not 0 <= item < size or (candidate_N is not None and not candidate_N[item]):
+        return size + 1
+    ahead_N = count_N > count_N[item]
+    ahead_N[:item] |= count_N[:item] == count_N[item]
+    if candidate_N is not None:
+        ahead_N &= candidate_N
+    return int(np.count_nonzero(ahead_N)) + 1
+
+
+def evaluate_quality(
+    release: Release,
+    table: pa.Table,
+    items: pa.Table,
+    users: pa.Table | None,
+    *,
+    description: DatasetDescription | None = None,
+    ks: Sequence[int] = (10, 20, 50),
+    recent_hours: float | None = None,
+    seen: str = "auto",
+    max_test_events: int | None = None,
+    seed: int = 0,
+    resamples: int = 500,
+) -> dict[str, Any]:
+    """Full-catalogue quality of a release with and without context, and of popularity, as a plain report.
+
+    table, items, users: as read_log, read_items and read_users return them. description: None means the release's.
+    seen: `exclude` takes the user's earlier items off the candidates, `keep` leaves them, `auto` excludes them where
+    fewer than 1 % of the log's events repeat an earlier one of the same user and item.
+    recent_hours: window of recent popularity; None means 3 h with a time split, else 7 days.
+    max_test_events: a larger test is sampled with the seed. Raises DataError or ConfigError.
+    """
+    description = description or release.manifest.description
+    events = EventArrays.build(table, users, release.featuriser, description)
+    test = make_test_set(table, events, description, limit=max_test_events, seed=seed)
+    by_time = description.evaluation.split == "time"
+    if recent_hours is None:
+        recent_hours = 3.0 if by_time else 7 * 24.0
+    repeats = repeat_share(events)
+    if seen not in ("auto", "exclude", "keep"):
+        raise ConfigError(f"seen must be auto, exclude or keep, got {seen!r}")
+    exclude_seen = seen == "exclude" or (seen == "auto" and repeats < 0.01)
+    born_us_N = _born(release, items)
+    item_B, time_us_B = events.item_T[test.target_B], events.time_us_T[test.target_B]
+    seen_rows, seen_offsets = _seen(events, test.target_B) if exclude_seen else (None, None)
+
+    def candidate(b: int) -> NDArray[np.bool_] | None:
+        if born_us_N is None and seen_rows is None:
+            return None
+        mask_N = np.ones(events.num_items, bool) if born_us_N is None else born_us_N <= time_us_B[b]
+        if seen_rows is not None and seen_offsets is not None:
+            rows = seen_rows[seen_offsets[b] : seen_offsets[b + 1]]
+            mask_N[rows[(rows < events.num_items) & (rows != item_B[b])]] = False
+        return mask_N
+
+    item_IE = release.items.table()
+    ranks: dict[str, Ints] = {}
+    for arm, with_context in (("context", True), ("no_context", False)):
+        user_BE = embed_requests(
+            release.encoder, release.head, item_IE, events, test.target_B, test.cut_B, with_context=with_context
+        )
+        ranks[arm] = rank_catalogue(
+            user_BE,
+            item_IE[: events.num_items],
+            torch.from_numpy(item_B),
+            available_from_us_N=None if born_us_N is None else torch.from_numpy(born_us_N),
+            time_us_B=torch.from_numpy(time_us_B),
+            seen_rows=None if seen_rows is None else torch.from_numpy(seen_rows),
+            seen_offsets=None if seen_offsets is None else torch.from_numpy(seen_offsets),
+        )
+    counted = events.item_T[test.trained_T & events.positive_T]
+    count_N = np.bincount(counted[counted < events.num_items], minlength=events.num_items)
+    ranks["popularity"] = popularity_ranks(count_N, item_B, candidate)
+    ranks["recent_popularity"] = recent_popularity_ranks(events, item_B, time_us_B, recent_hours, candidate)
+    masks = {
+        "all": np.ones(len(item_B), bool),
+        "item_seen": test.seen_item_B,
+        "item_unseen": ~test.seen_item_B,
+        "user_with_history": test.history_B,
+        "user_without_history": ~test.history_B,
+    }
+    user_B = events.user_T[test.target_B]
+    return {
+        "format": REPORT_FORMAT,
+        "dataset": description.name,
+        "release_id": release.manifest.release_id,
+        "state_version": release.manifest.state_version,
+        "embedding_version": release.manifest.embedding_version,
+        "split": description.evaluation.to_dict(),
+        "k": list(ks),
+        "test_events": len(item_B),
+        "test_events_total": test.total,
+        "sampled": len(item_B) < test.total,
+        "seed": seed,
+        "catalogue": events.num_items,
+        "outside_catalogue": int((item_B >= events.num_items).sum()),
+        "recent_hours": recent_hours,
+        "seen_items": "excluded" if exclude_seen else "kept",
+        "repeat_share": round(repeats, 4),
+        "unavailable_items": "kept" if born_us_N is None else "excluded",
+        "interval": "95 %, bootstrap over users",
+        "slices": {
+            name: {"events": int(mask.sum()), "users": len(np.unique(user_B[mask]))} for name, mask in masks.items()
+        },
+        "arms": {
+            arm: {
+                name: {
+                    metric: asdict(estimate)
+                    for metric, estimate in _estimates(rank_B[mask], user_B[mask], ks, resamples, seed).items()
+                }
+                for name, mask in masks.items()
+                if mask.any()
+            }
+            for arm, rank_B in ranks.items()
+        },
+    }
+
+
+def _estimates(rank_B: Ints, user_B: Ints, ks: Sequence[int], resamples: int, seed: int) -> dict[str, Estimate]:
+    return bootstrap_means(event_metrics(rank_B, ks), user_B, resamples=resamples, seed=seed)
+
+
+def repeat_share(events: EventArrays) -> float:
+    """Share of events whose user had the same item before."""
+    count = len(events.item_T)
+    pairs = np.unique(events.user_T * (int(events.item_T.max(initial=0)) + 1) + events.item_T)
+    return 1.0 - len(pairs) / max(count, 1)
+
+
+def _seen(events: EventArrays, target_B: Ints) -> tuple[Ints, Ints]:
+    """Items of each user's events before the target, packed: rows and offsets [B + 1]."""
+    start_B = events.offsets[events.user_T[target_B]]
+    length_B = target_B - start_B
+    offsets = np.concatenate([[0], np.cumsum(length_B)])
+    index = np.arange(int(offsets[-1])) + np.repeat(start_B - offsets[:-1], length_B)
+    return events.item_T[index], offsets
+
+
+def _born(release: Release, items: pa.Table) -> Ints | None:
+    """available_from of the release's catalogue, in its row order; items the table lacks are always available."""
+    born = available_from(items)
+    if born is None:
+        return None
+    row_N = pc.index_in(release.featuriser.item_ids, value_set=items["item_id"].combine_chunks())
+    row_N = row_N.fill_null(-1).to_numpy().astype(np.int64)
+    return np.where(row_N < 0, np.iinfo(np.int64).min, born[row_N])
+
+
+def show(report: Mapping[str, Any]) -> str:
+    """The report as a table for a terminal."""
+    metrics = [*(f"recall@{k}" for k in report["k"]), *(f"ndcg@{k}" for k in report["k"]), "mrr"]
+    names = {
+        "context": "tower, with context",
+        "no_context": "tower, no context",
+        "popularity": "popularity, all time",
+        "recent_popularity": f"popularity, last {report['recent_hours']:g} h",
+    }
+    lines = [
+        f"{report['dataset']}, release {report['release_id']}, split {report['split']['split']}",
+        f"{report['test_events']:,} test events"
+        + (f" of {report['test_events_total']:,}, sampled with seed {report['seed']}" if report["sampled"] else "")
+        + f"; ranked among {report['catalogue']:,} items; seen items {report['seen_items']}"
+        + f", items not yet available {report['unavailable_items']}",
+    ]
+    if report["outside_catalogue"]:
+        lines.append(f"{report['outside_catalogue']:,} test events ask for items outside the catalogue and are misses")
+    for name in SLICES:
+        size = report["slices"][name]
+        lines.append("")
+        lines.append(f"{name.replace('_', ' ')}: {size['events']:,} events of {size['users']:,} users")
+        if not size["events"]:
+            continue
+        lines.append(f"  {'':26}" + "".join(f"{metric:>11}" for metric in metrics))
+        for arm, title in names.items():
+            found = report["arms"][arm][name]
+            lines.append(f"  {title:26}" + "".join(f"{found[metric]['value']:11.4f}" for metric in metrics))
+        main = f"recall@{report['k'][-1] if 20 not in report['k'] else 20}"
+        spans = [
+            f"{title} {found[main]['low']:.4f} to {found[main]['high']:.4f}"
+            for arm, title in names.items()
+            if not math.isnan((found := report["arms"][arm][name])[main]["low"])
+        ]
+        lines.append(f"  {main}, {report['interval']}: " + "; ".join(spans))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """tower-evaluate. Returns 0, or 1 with a message when something is wrong with the input."""
+    parser = argparse.ArgumentParser(prog="tower-evaluate", description="Measure a release on the test part of a log.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    quality = commands.add_parser("quality", help="full-catalogue Recall, NDCG and MRR beside popularity")
+    quality.add_argument("--registry", required=True)
+    quality.add_argument("--release", help="release id, or 'serving' (default: the newest release)")
+    quality.add_argument("--events", required=True, help="Parquet file or folder")
+    quality.add_argument("--items", required=True)
+    quality.add_argument("--users")
+    quality.add_argument("--dataset", help="dataset description; default: the release's own")
+    quality.add_argument("--k", type=int, nargs="+", default=[10, 20, 50])
+    quality.add_argument("--recent-hours", type=float, help="window of recent popularity (3; 168 for leave-one-out)")
+    quality.add_argument("--seen", choices=("auto", "exclude", "keep"), default="auto", help="the user's earlier items")
+    quality.add_argument("--max-test-events", type=int, help="sample a larger test down to so many events")
+    quality.add_argument("--seed", type=int, default=0)
+    quality.add_argument("--resamples", type=int, default=500, help="of the bootstrap")
+    quality.add_argument("--device", default="cpu")
+    quality.add_argument("--out", type=Path, help="write the report as JSON")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        report = _quality(args)
+    except TowerError as error:
+        print(f"tower-evaluate: {error}", file=sys.stderr)
+        return 1
+    print(show(report))
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+def _quality(args: argparse.Namespace) -> dict[str, Any]:
+    from model.dataset import load_description
+
+    registry = Registry(args.registry)
+    release_id = args.release
+    if release_id is None:
+        if not (there := registry.releases()):
+            raise DataError(f"no release in {args.registry}")
+        release_id = there[-1]
+    elif release_id == "serving":
+        release_id = registry.pointer().serving
+        if release_id is None:
+            raise DataError(f"nothing serves in {args.registry}")
+    release = registry.load(release_id, device=args.device)
+    description = release.manifest.description if args.dataset is None else load_description(args.dataset)
+    if description.user_columns and args.users is None:
+        raise DataError(f"the description declares user columns {list(description.user_columns)}; give --users")
+    table, _ = read_log(args.events, description)
+    users = None if args.users is None else read_users(args.users, description)
+    return evaluate_quality(
+        release,
+        table,
+        read_items(args.items, description),
+        users,
+        description=description,
+        ks=sorted(set(args.k)),
+        recent_hours=args.recent_hours,
+        seen=args.seen,
+        max_test_events=args.max_test_events,
+        seed=args.seed,
+        resamples=args.resamples,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

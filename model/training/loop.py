@@ -1,0 +1,454 @@
+"""The training loop: steps, early stopping, checkpoints that survive a kill, and the release at the end.
+
+On the CPU the same seed on the same machine gives the same weights, whether or not the run was killed and resumed
+in between: all that is random follows from (seed, epoch, step).
+"""
+
+import copy
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import nn
+
+from model.config import TowerConfig
+from model.dataset import DatasetDescription
+from model.errors import CheckpointError, ConfigError, DataError
+from model.features import build_vocabularies
+from model.hybrid_tower import HybridTower
+from model.losses import collision_mask, sampled_softmax
+from model.metrics import event_metrics, rank_catalogue
+from model.release import Manifest, Registry
+from model.training.data import (
+    EventArrays,
+    Ints,
+    StepBatch,
+    TrainingData,
+    available_from,
+    cap,
+    training_part,
+    validation_targets,
+)
+from model.training.evaluate import embed_requests
+from model.training.settings import LogCounts, TrainSettings, config_for, settings_for
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run came to."""
+
+    manifest: Manifest
+    summary: dict[str, Any]
+    """Counts, settings, metrics and timings, as written to summary.json."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands; travels in the checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    """Steps done in this epoch."""
+    total_steps: int = 0
+    seconds: float = 0.0
+    best_metric: float = -math.inf
+    best_epoch: int = -1
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Trainer:
+    """One run over prepared data. `run` may be called again after a kill with the checkpoint loaded."""
+
+    def __init__(
+        self,
+        tower: HybridTower,
+        data: TrainingData,
+        validation: Ints,
+        settings: TrainSettings,
+        *,
+        device: str = "cpu",
+        folder: Path | None = None,
+        head_only: bool = False,
+        on_step: Callable[[int], None] | None = None,
+    ) -> None:
+        """validation: events held out of `data`, asked after each epoch; none means no early stopping.
+
+        folder: where checkpoint.pt and TensorBoard's events go; None keeps nothing.
+        head_only: the encoder and its item embedder stay as they are, to the bit.
+        on_step: called after every step with the number of steps done.
+        """
+        self.tower, self.data, self.validation, self.settings = tower.to(device), data, validation, settings
+        self.device = torch.device(device)
+        self.folder = folder
+        self.head_only = head_only
+        self.progress = Progress()
+        self._on_step = on_step
+        self._best: dict[str, torch.Tensor] | None = None
+        self._optimiser = _optimiser(tower, settings, head_only=head_only, fused=self.device.type == "cuda")
+        self._identity = json.dumps(
+            {
+                "config": tower.featuriser.config.to_dict(),
+                "settings": {k: v for k, v in settings.to_dict().items() if k not in ("max_minutes", "epochs")},
+                "events": len(data.log.user_T),
+                "targets": data.num_targets,
+                "items": data.log.num_items,
+                "head_only": head_only,
+            },
+            sort_keys=True,
+        )
+
+    def run(self) -> None:
+        """Train to the end, then put the weights of the best epoch in place."""
+        settings, progress = self.settings, self.progress
+        started = time.monotonic() - progress.seconds
+        board = _tensorboard(self.folder)
+        stop = self._finished()
+        while not stop:
+            steps = self.data.plan(progress.epoch)
+            losses: list[torch.Tensor] = []
+            remaining = range(progress.step, len(steps))
+            for number in _with_progress(remaining, len(steps), progress):
+                loss = self._step(steps[number], number, len(steps))
+                if loss is not None:
+                    losses.append(loss)
+                progress.step = number + 1
+                progress.total_steps += 1
+                progress.seconds = time.monotonic() - started
+                if progress.step < len(steps) and progress.total_steps % settings.checkpoint_steps == 0:
+                    self.save()
+                if self._on_step is not None:
+                    self._on_step(progress.total_steps)
+                if self._out_of_time():
+                    break
+            progress.epoch, progress.step = progress.epoch + 1, 0
+            mean_loss = float(torch.stack(losses).mean()) if losses else math.nan
+            if losses and not math.isfinite(mean_loss):
+                raise ConfigError(
+                    f"the loss is {mean_loss} in epoch {progress.epoch}; a lower learning rate than "
+                    f"{settings.learning_rate:g} may help"
+                )
+            metrics = {"loss": mean_loss, **self.validate()}
+            progress.seconds = time.monotonic() - started
+            self._keep_best(metrics)
+            progress.history.append({"epoch": progress.epoch, "seconds": round(progress.seconds, 1), **metrics})
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            log.info("epoch %d of %d, %.0f s: %s", progress.epoch, settings.epochs, progress.seconds, shown)
+            for name, value in metrics.items():
+                board(name, value, progress.total_steps)
+            stop = self._finished()
+            self.save()
+        if self._best is not None:
+            self.tower.load_state_dict(self._best)
+        self.tower.eval()
+
+    def _finished(self) -> bool:
+        progress, settings = self.progress, self.settings
+        stale = len(self.validation) > 0 and progress.epoch - progress.best_epoch >= settings.patience
+        return progress.epoch >= settings.epochs or (progress.best_epoch >= 0 and stale) or self._out_of_time()
+
+    def _out_of_time(self) -> bool:
+        limit = self.settings.max_minutes
+        return limit is not None and self.progress.seconds >= 60 * limit
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        metric = metrics.get("validation_ndcg@20")
+        if metric is not None and metric > self.progress.best_metric:
+            self.progress.best_metric, self.progress.best_epoch = metric, self.progress.epoch
+            self._best = {name: value.detach().clone() for name, value in self.tower.state_dict().items()}
+
+    def _rate(self, steps_per_epoch: int) -> float:
+        """Learning rate: linear warm-up, then a cosine down to final_rate of the peak at the end of the run."""
+        settings, progress = self.settings, self.progress
+        done = (progress.epoch + progress.step / steps_per_epoch) / settings.epochs
+        if settings.max_minutes is not None:
+            done = max(done, progress.seconds / (60 * settings.max_minutes))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        warm = min(1.0, (progress.total_steps + 1) / max(1, settings.warmup_steps))
+        return settings.learning_rate * warm * (settings.final_rate + (1 - settings.final_rate) * cosine)
+
+    def _step(self, windows: tuple[Ints, Ints], number: int, steps_per_epoch: int) -> torch.Tensor | None:
+        """One optimiser step; returns the loss, on the device, or None where chance left no target."""
+        batch = self.data.step(windows, self.progress.epoch, number)
+        if batch is None:
+            return None
+        torch.manual_seed(hash((self.settings.seed, self.progress.epoch, number)) % 2**63)
+        self.tower.train()
+        if self.head_only:
+            self.tower.encoder.eval()
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._rate(steps_per_epoch)
+        self._optimiser.zero_grad(set_to_none=True)
+        loss = self.loss(batch.to(self.device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
+        self._optimiser.step()
+        return loss.detach()
+
+    def loss(self, batch: StepBatch) -> torch.Tensor:
+        """Sampled softmax of one step's targets."""
+        tower, config = self.tower, self.tower.featuriser.config
+        with _autocast(self.device):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.head_only):
+                hidden_TD = tower.encoder(batch.events)
+            cold_D = tower.head.cold_state_D
+            known_B1 = (batch.hidden_B >= 0)[:, None]
+            state_BD = torch.where(known_B1, hidden_TD[batch.hidden_B.clamp_min(0)].float(), cold_D)
+            item_IE = tower.items.table()
+            user_BE = tower.head(state_BD, batch.context, item_IE)
+        same_user = self.settings.mask_same_user
+        mask_BS = collision_mask(
+            batch.user_B, batch.item_B, batch.candidate_S, self.data.log.num_items, same_user=same_user
+        )
+        if batch.born_us_S is not None:
+            mask_BS |= batch.born_us_S > batch.time_us_B[:, None]
+        user_BE, item_IE = user_BE.float(), item_IE.float()
+        return sampled_softmax(
+            user_BE,
+            item_IE[batch.item_B],
+            item_IE[batch.candidate_S],
+            mask_BS,
+            temperature=config.temperature,
+            log_q_S=batch.log_q_S,
+            weight_B=batch.weight_B,
+        )
+
+    @torch.inference_mode()
+    def validate(self) -> dict[str, float]:
+        """Metrics of the held-out events, ranked among the trained catalogue, with context; nothing if there are none.
+
+        The state is cut as serving cuts it: at the last refresh with a time split, else just before the event.
+        """
+        if not len(self.validation):
+            return {}
+        tower, events = self.tower.eval(), self.data.log
+        by_time = tower.featuriser.description.evaluation.split == "time"
+        cut = events.refresh_cut_T[self.validation] if by_time else self.validation - 1
+        item_IE = tower.items.table()
+        user_BE = embed_requests(tower.encoder, tower.head, item_IE, events, self.validation, cut)
+        item_NE = item_IE[: events.num_items]
+        born = self.data.negatives.born_us_I
+        rank_B = rank_catalogue(
+            user_BE,
+            item_NE,
+            torch.from_numpy(events.item_T[self.validation]),
+            available_from_us_N=None if born is None else torch.from_numpy(born),
+            time_us_B=torch.from_numpy(events.time_us_T[self.validation]),
+        )
+        values = event_metrics(rank_B, (20,))
+        return {f"validation_{name}": float(value.mean()) for name, value in values.items()}
+
+    def save(self) -> None:
+        """Write the checkpoint; a kill leaves the old one or the new one, whole."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, temporary = self.folder / "checkpoint.pt", self.folder / "checkpoint.pt.new"
+        progress = {name: copy.copy(getattr(self.progress, name)) for name in Progress.__slots__}
+        with temporary.open("wb") as file:
+            torch.save(
+                {
+                    "format": CHECKPOINT_FORMAT,
+                    "identity": self._identity,
+                    "tower": self.tower.state_dict(),
+                    "best": self._best,
+                    "optimiser": self._optimiser.state_dict(),
+                    "progress": progress,
+                },
+                file,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def resume(self) -> bool:
+        """Take up the checkpoint in the folder; False where there is none.
+
+        Raises CheckpointError where it is torn or was made from other data or other settings (epochs and max_minutes
+        may differ).
+        """
+        path = None if self.folder is None else self.folder / "checkpoint.pt"
+        if path is None or not path.exists():
+            return False
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if saved.get("format") != CHECKPOINT_FORMAT or saved.get("identity") != self._identity:
+            raise CheckpointError(
+                f"{path} belongs to other data, another config or other settings; train without --resume or elsewhere"
+            )
+        self.tower.load_state_dict(saved["tower"])
+        self._optimiser.load_state_dict(saved["optimiser"])
+        self._best = saved["best"]
+        self.progress = Progress(**saved["progress"])
+        return True
+
+
+def train(
+    events: pa.Table,
+    items: pa.Table,
+    users: pa.Table | None,
+    description: DatasetDescription,
+    registry: Registry,
+    *,
+    settings: TrainSettings | None = None,
+    config: TowerConfig | None = None,
+    device: str = "cpu",
+    folder: Path | None = None,
+    resume: bool = False,
+    head_only_from: str | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> TrainResult:
+    """Train a tower on the training part of a log and write it to the registry as a release.
+
+    events: a whole log as read_log returns it; the description's test part is left out here. items, users: as
+    read_items and read_users return them. settings, config: None means what fits the data set's size.
+    head_only_from: id of a release whose encoder and vocabularies are kept; its state version carries over.
+    Raises DataError, ConfigError or CheckpointError.
+    """
+    started = time.monotonic()
+    items = items.sort_by("item_id").combine_chunks()
+    part = training_part(events, description).train
+    counts = LogCounts(events=part.num_rows, users=pc.count_distinct(part["user_id"]).as_py(), items=items.num_rows)
+    settings = settings or settings_for(description, counts, device=device)
+    table, capped = cap(part, settings)
+    for said in capped:
+        log.warning("training is capped: %s", said)
+    torch.manual_seed(settings.seed)
+    if head_only_from is None:
+        vocabularies = build_vocabularies(description, table, users)
+        tower = HybridTower.build(config or config_for(description, counts), description, vocabularies, items)
+    else:
+        tower, items = _from_release(registry, head_only_from, items, description)
+    arrays = EventArrays.build(table, users, tower.featuriser, description)
+    outside = int((arrays.item_T >= arrays.num_items).sum())
+    if outside:
+        log.warning("%d of %d events are of items the catalogue lacks: history, never a target", outside, len(table))
+    validation = validation_targets(arrays, settings, by_time=description.evaluation.split == "time")
+    data = TrainingData(
+        arrays, validation, tower.items.embedder, tower.featuriser.config, settings, available_from(items)
+    )
+    tower.items.embedder.use_hash_rows(torch.from_numpy(data.trained_N))
+    log.info(
+        "%s: %d events, %d users, %d items; %d targets, %d held out for early stopping; preparing took %.1f s",
+        description.name, len(table), len(arrays.user_ids), arrays.num_items, data.num_targets, len(validation),
+        time.monotonic() - started,
+    )  # fmt: skip
+    trainer = Trainer(
+        tower, data, validation, settings,
+        device=device, folder=folder, head_only=head_only_from is not None, on_step=on_step,
+    )  # fmt: skip
+    if resume:
+        log.info("resumed at %s", trainer.progress) if trainer.resume() else log.info("no checkpoint; starting anew")
+    trainer.run()
+    trainer.tower.to("cpu")
+    progress = trainer.progress
+    best = next((row for row in progress.history if row["epoch"] == progress.best_epoch), {})
+    metrics = {name: value for name, value in best.items() if name.startswith("validation_") or name == "loss"}
+    manifest = registry.write(
+        tower, items.drop_columns(["available_from_us"]) if "available_from_us" in items.column_names else items,
+        trained_until_us=int(arrays.time_us_T.max()), metrics=metrics, base=head_only_from,
+    )  # fmt: skip
+    if head_only_from is not None:
+        kept = registry.manifest(head_only_from).state_version
+        if manifest.state_version != kept:
+            raise CheckpointError(f"a head-only run must keep state version {kept}, got {manifest.state_version}")
+    summary = {
+        "dataset": description.name,
+        "release_id": manifest.release_id,
+        "state_version": manifest.state_version,
+        "embedding_version": manifest.embedding_version,
+        "device": device,
+        "counts": {
+            "events": table.num_rows, "users": len(arrays.user_ids), "items": arrays.num_items,
+            "targets": data.num_targets, "held_out": len(validation), "outside_catalogue": outside,
+        },
+        "capped": capped,
+        "settings": settings.to_dict(),
+        "config": tower.featuriser.config.to_dict(),
+        "best_epoch": progress.best_epoch,
+        "history": progress.history,
+        "train_seconds": round(progress.seconds, 1),
+        "total_seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    return TrainResult(manifest, summary)
+
+
+def _from_release(
+    registry: Registry, release_id: str, items: pa.Table, description: DatasetDescription
+) -> tuple[HybridTower, pa.Table]:
+    """The tower of a release with its encoder frozen, and the items that are in its catalogue."""
+    release = registry.load(release_id)
+    if release.manifest.description != description:
+        log.warning("the description of release %s is used; the one given differs", release_id)
+    ids = release.featuriser.item_ids
+    kept = items.filter(pc.is_in(items["item_id"], ids)).combine_chunks()
+    if not kept["item_id"].combine_chunks().equals(ids):
+        missing = len(ids) - kept.num_rows
+        raise DataError(f"a head-only run needs every item of release {release_id}; the items file lacks {missing}")
+    tower = HybridTower(release.featuriser, release.encoder, release.head, release.items)
+    tower.requires_grad_(True)
+    tower.encoder.requires_grad_(False)
+    return tower, kept
+
+
+def _optimiser(tower: HybridTower, settings: TrainSettings, *, head_only: bool, fused: bool) -> torch.optim.AdamW:
+    """AdamW; matrices decay, embeddings, norms and biases do not."""
+    kept = set(tower.encoder.parameters()) if head_only else set()
+    tables = {m.weight for m in tower.modules() if isinstance(m, nn.Embedding)}
+    trained = [p for p in tower.parameters() if p not in kept]
+    decayed = [p for p in trained if p.ndim >= 2 and p not in tables]
+    plain = [p for p in trained if p.ndim < 2 or p in tables]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused)
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def _with_progress(steps: range, total: int, progress: Progress) -> Iterable[int]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return steps
+    # disable=None: quiet where stderr is no terminal
+    return tqdm(
+        steps, desc=f"epoch {progress.epoch + 1}", total=total, initial=progress.step, leave=False, disable=None
+    )
+
+
+def _tensorboard(folder: Path | None) -> Callable[[str, float, int], None]:
+    """A function that records a scalar; does nothing where TensorBoard is not installed or nothing is kept."""
+    if folder is not None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            log.info("TensorBoard is not installed; scalars go to the log only")
+        else:
+            writer = SummaryWriter(str(folder / "tensorboard"))
+
+            def record(name: str, value: float, step: int) -> None:
+                writer.add_scalar(name, value, step)
+                writer.flush()
+
+            return record
+    return lambda name, value, step: None
