@@ -107,10 +107,9 @@ def timestamp_field(view: str) -> bytes:
     return b"_ts:" + view.encode()
 
 
-@functools.lru_cache(maxsize=1024)
 def fence_field(view: str) -> bytes:
     """Hash field of the view's fence: who wrote the row that stands there. Ours; Feast never touches it."""
-    return b"_fence:" + view.encode()
+    return field_name(view, "_fence")
 
 
 def row_fields(view: str) -> list[bytes]:
