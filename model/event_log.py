@@ -273,7 +273,7 @@ def canonical_events(
         event_type = _as_string(table.column("event_type"))
     else:
         event_type = _one_chunk(pa.array([DEFAULT_EVENT_TYPE]).take(pa.array(np.zeros(rows, np.int64))))
-    timestamp_us, early, late = _timestamps(table.column("timestamp"))
+    timestamp_us, early = _timestamps(table.column("timestamp"))
     known_type = pc.fill_null(pc.is_in(event_type, value_set=pa.array(description.event_type_names)), False)
 
     timestamp_null = _numpy_bool(pc.is_null(table.column("timestamp")))
@@ -283,7 +283,7 @@ def canonical_events(
         (2, _numpy_bool(pc.is_null(item_id))),
         (3, timestamp_null | early),
         (4, ~_numpy_bool(known_type)),
-        (5, late | (timestamp_us > as_of_us)),
+        (5, timestamp_us > as_of_us),
     ):
         reason[(reason == 0) & bad] = code
 
@@ -485,9 +485,9 @@ def read_items(uri: str, description: DatasetDescription) -> pa.Table:
             columns[name] = _item_column(table.column(name), kind)
         if description.available_from is not None:
             raw = table.column(description.available_from)
-            time_us, early, late = _timestamps(raw)
+            time_us, early = _timestamps(raw)
             mask = _numpy_bool(pc.is_null(raw)) | early
-            columns["available_from_us"] = pa.array(np.where(late, _INT64.max, time_us), mask=mask)
+            columns["available_from_us"] = pa.array(time_us, mask=mask)
         parts.append(pa.table(columns))
     items = pa.concat_tables(parts).combine_chunks()
     _check_unique(uri, items.column("item_id"))
@@ -775,23 +775,18 @@ def _timestamp_units(column: pa.Array | pa.ChunkedArray) -> tuple[pa.Array, int]
     return _cast(array, pa.int64()), _UNIT_NS["s"]
 
 
-def _timestamps(
-    column: pa.Array | pa.ChunkedArray,
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """(microseconds, too early for int64, too late for int64) of int64 seconds or timestamps of any unit."""
+def _timestamps(column: pa.Array | pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(microseconds, whether too early for them) of int64 seconds or timestamps of any unit; too late gives the max."""
     if pa.types.is_null(column.type):
-        none = np.zeros(len(column), bool)
-        return np.zeros(len(column), np.int64), none, none
+        return np.zeros(len(column), np.int64), np.zeros(len(column), bool)
     array, unit_ns = _timestamp_units(column)
     values = _numpy_int(array)
     if unit_ns == 1:
-        none = np.zeros(len(values), bool)
-        return values // 1000, none, none
+        return values // 1000, np.zeros(len(values), bool)
     factor = unit_ns // 1000
     early = values < _INT64.min // factor + 1
     late = values > _INT64.max // factor
-    scaled = np.where(early | late, 0, values) * factor
-    return np.where(late, _INT64.max, np.where(early, _INT64.min, scaled)), early, late
+    return np.where(late, _INT64.max, np.where(early | late, 0, values) * factor), early
 
 
 def _raw_int(value: pa.Scalar) -> int:

@@ -116,6 +116,15 @@ def test_row_groups(tmp_path):
         RowGroup(str(a), 0, 2, 4, 1),
         RowGroup(str(c), 2, 0, 0, 1),
     ]
+    found = [read_row_group(group, PLAIN, 1000 * SECOND)[0] for group in row_groups(str(tmp_path))]
+    assert columns(pa.concat_tables(found), "source_file", "source_row") == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (0, 4),
+        (2, 0),
+    ]
 
 
 # Schema
@@ -419,6 +428,14 @@ def test_ties_across_files_follow_the_sorted_paths(tmp_path):
     assert columns(events, "item_id", "source_file", "source_row") == [(3, 0, 0), (4, 1, 0), (1, 2, 0), (2, 2, 1)]
 
 
+def test_order_column_comes_before_file_and_row(tmp_path):
+    description = make_description(event_columns=[], context_columns=[], order_column="step")
+    write_log(tmp_path / "a.parquet", [row(1, 1, step=3), row(1, 2, step=2)])
+    write_log(tmp_path / "b.parquet", [row(1, 3, step=1), row(1, 4, step=2)])
+    events, _ = read_log(str(tmp_path), description)
+    assert columns(events, "item_id") == [(3,), (2,), (4,), (1,)]
+
+
 def test_string_ids_sort_by_bytes(tmp_path):
     rows = [row("é", "x", 1), row("b", "y", 2), row("", "v", 9), row("B", "z", 3), row("b", "w", 1)]
     path = write_log(tmp_path / "e.parquet", rows)
@@ -434,7 +451,10 @@ def test_sort_does_not_depend_on_the_input_order(tmp_path):
         for _ in range(200)
     ]
     description = make_description(event_columns=[], context_columns=[], order_column="step")
-    table, _ = canonical_events(pa.Table.from_pylist(rows), description, 1000 * SECOND)
+    halves = pa.Table.from_pylist(rows[:100]), pa.Table.from_pylist(rows[100:])
+    table = pa.concat_tables(
+        [canonical_events(half, description, 1000 * SECOND, "", number)[0] for number, half in enumerate(halves)]
+    )
     wanted = sorted(
         table.to_pylist(),
         key=lambda r: (r["user_id"], r["timestamp_us"], r["order"], r["source_file"], r["source_row"]),
@@ -633,6 +653,12 @@ def test_read_items(tmp_path):
         (5, "1995", ["a", "b"], 1.5, 100 * SECOND),
         (3, None, None, None, None),
     ]
+
+
+def test_availability_beyond_int64_microseconds(tmp_path):
+    path = write_log(tmp_path / "items.parquet", [{"item_id": 1, "born": -(2**62)}, {"item_id": 2, "born": 2**62}])
+    items = read_items(str(path), make_description(item_columns={}, available_from="born"))
+    assert items.column("available_from_us").to_pylist() == [None, 2**63 - 1]  # always, never
 
 
 def test_read_items_without_columns(tmp_path):
