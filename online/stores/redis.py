@@ -156,6 +156,11 @@ class _Connection:
     def close(self) -> None:
         self._socket.close()
 
+    def __del__(self) -> None:
+        """The thread that owned it has ended."""
+        with contextlib.suppress(AttributeError):  # the socket was never made
+            self._socket.close()
+
     def exchange(self, commands: bytes, count: int, timeout_s: float) -> list[object]:
         """Send commands, receive `count` replies. Raises OSError (a time-out too) and _Closed."""
         if timeout_s != self._timeout_s:
