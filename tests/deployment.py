@@ -37,6 +37,8 @@ class Deployment:
     users: pa.Table | None
     store: RunStore
     client: UserTowerClient
+    registry_uri: str
+    redis_url: str
 
     def histories(self, count: int, seed: int = 0) -> tuple[list[Id], pa.Table, np.ndarray]:
         """Random users of the log, their events one user after another, and the offsets."""
@@ -74,7 +76,7 @@ def deploy(folder: Path, data: Path, redis_url: str, *, description_path: str) -
         assert server.ready.wait(30)
         with UserTowerClient(f"127.0.0.1:{server.port}", timeout_s=30) as client:
             store = RunStore(str(states), manifest.state_version)
-            yield Deployment(tower, manifest, events, users, store, client)
+            yield Deployment(tower, manifest, events, users, store, client, registry.uri, redis_url)
     finally:
         server.stop()
 

@@ -1,7 +1,11 @@
 """One user down all paths: the split pipeline over real Beam, Redis and gRPC equals the undivided model, and training,
 batch and service see the same features."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +13,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import redis
 import torch
 
+from feature_repo.environment import feast_environment
+from feature_repo.layout import fence_field, redis_key, view_name
 from model.generator import GeneratorSettings, generate
 from model.records import Context, Event
 from model.training.data import EventArrays
-from tests.deployment import CONFIG, ML_1M, Deployment, deploy, largest_difference
+from online.client import Embedding
+from tests.deployment import CONFIG, ML_1M, Deployment, contexts_of, deploy, largest_difference
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +125,37 @@ def test_the_split_pipeline_equals_the_undivided_model(generated: Deployment) ->
 def test_all_paths_see_the_same_features(generated: Deployment) -> None:
     check_features(generated, 50)
     check_contexts(generated, 100)
+
+
+def test_rows_of_stock_feast_are_served_alike(generated: Deployment) -> None:
+    """The job's rows are deleted, stock `feast materialize` writes them from the job's Parquet, the answers stay."""
+    user_ids, table, offsets = generated.histories(60, seed=5)
+    contexts = contexts_of(generated, user_ids, table, offsets)
+
+    def ask() -> list[Embedding]:
+        return [generated.client.embed(user, context) for user, context in zip(user_ids, contexts, strict=True)]
+
+    before = ask()
+    with redis.Redis.from_url(generated.redis_url, socket_timeout=5) as client:
+        keys = [redis_key(user) for user in generated.events["user_id"].unique().to_pylist()]
+        written = {key: client.hgetall(key) for key in keys}
+        client.delete(*keys)
+        assert {reply.answer for reply in ask()} == {"COLD_START"}
+        environment = feast_environment(generated.registry_uri, generated.store.states_uri, generated.redis_url)
+        as_of = datetime.fromtimestamp(generated.store.manifest(generated.store.run_ids()[-1]).as_of_us / 1e6, UTC)
+        day = timedelta(days=1)
+        for arguments in (["apply"], ["materialize", f"{as_of - day:%FT%T}", f"{as_of + day:%FT%T}"]):
+            done = subprocess.run(
+                [str(Path(sys.executable).with_name("feast")), "-c", "feature_repo", *arguments],
+                cwd=Path(__file__).parents[1], env=os.environ | environment, capture_output=True, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        fence = fence_field(view_name(generated.manifest.state_version))
+        for key, fields in written.items():
+            assert client.hgetall(key) == {name: value for name, value in fields.items() if name != fence}
+    for ours, stock in zip(before, ask(), strict=True):
+        assert stock.answer == "EXACT"
+        assert np.array_equal(ours.vector, stock.vector)
 
 
 def test_a_thousand_users_of_ml_1m(ml_1m: Deployment) -> None:
