@@ -17,7 +17,7 @@ SHARDS = 3
 
 
 def row(
-    user_id: int | str, item_id: int | str, second: int, event_type: str = "click", **columns: Any
+    user_id: int | str | None, item_id: int | str | None, second: int, event_type: str = "click", **columns: Any
 ) -> dict[str, Any]:
     """A row of a log for the releases of tests/releases.py."""
     return {
@@ -93,7 +93,7 @@ class Job:
 
     def latest_states(self) -> dict[Any, list[float]]:
         """Each user's newest state over all runs."""
-        found = {}
+        found: dict[Any, list[float]] = {}
         for run in self.store.run_ids():
             states = self.read("states", run)
             found |= dict(zip(states["user_id"].to_pylist(), states["state"].to_pylist(), strict=True))

@@ -1,4 +1,4 @@
-"""The job is killed at every step and run again: the files are those of a run that nobody disturbed, and so is Redis."""
+"""The job is killed at every step and run again: files and Redis equal those of a run that nobody disturbed."""
 
 import multiprocessing
 import shutil
@@ -41,7 +41,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def content(url: str, state_version: str) -> Rows:
-    """Every key with all its fields, without the fence: it holds the token of the job that wrote, another in a re-run."""
+    """Every key with all fields but the fence: it holds the token of the job that wrote, another one in a re-run."""
     fence = layout.fence_field(layout.view_name(state_version))
     with redis.Redis.from_url(url) as client:
         found = {key: client.hgetall(key) for key in client.scan_iter()}
@@ -61,7 +61,8 @@ def test_a_killed_job_run_again_equals_an_undisturbed_one(job: Job, tmp_path: Pa
     assert len(wanted_rows) == 14
 
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["pipelines.encode_users", "pipelines.transforms.publish"])
+    preload = ["pipelines.encode_users", "pipelines.transforms.publish", "torch._dynamo"]  # seconds each, once
+    processes.set_forkserver_preload(preload)
     for point in crash_points(SHARDS):
         crashed = job.elsewhere(point)
         shutil.copytree(job.states, crashed.states)

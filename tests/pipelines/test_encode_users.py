@@ -51,8 +51,8 @@ def test_one_run_by_hand(job: Job, tmp_path: Path, int_release: tuple[Path, Mani
             row(1, 12, T + 3),
             row(1, 12, T + 3),  # 4: a copy of row 3
             row(3, 10, T + 9, "like"),  # 5: no declared type
-            row(None, 10, T + 1),  # type: ignore[arg-type]  # 6
-            row(2, None, T + 1),  # type: ignore[arg-type]  # 7
+            row(None, 10, T + 1),  # 6
+            row(2, None, T + 1),  # 7
             row(2, 13, T + 11),  # 8: after the as-of time
             row(1, 14, T + 6),
             row(1, 15, T + 7),

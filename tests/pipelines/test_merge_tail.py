@@ -117,8 +117,8 @@ def test_day_by_day_equals_one_rebuild(seed: int) -> None:
         days.append(events(*rows, file=file))
     reference: dict[int, list[int]] = {}
     seen: set[int] = set()
-    rows = [row for day in days for row in day.to_pylist()]
-    for row in sorted(rows, key=lambda r: (r["timestamp_us"], r["source_file"], r["source_row"])):
+    log = [row for day in days for row in day.to_pylist()]
+    for row in sorted(log, key=lambda r: (r["timestamp_us"], r["source_file"], r["source_row"])):
         if row["row_hash"] not in seen:
             seen.add(row["row_hash"])
             reference.setdefault(row["user_id"], []).append(row["item_id"])
@@ -126,7 +126,7 @@ def test_day_by_day_equals_one_rebuild(seed: int) -> None:
 
     rebuilt = first_day(pa.concat_tables(days), limit)
     assert items(rebuilt) == wanted
-    shuffled = pa.concat_tables(days).take(pa.array(random.permutation(len(rows))))
+    shuffled = pa.concat_tables(days).take(pa.array(random.permutation(len(log))))
     assert to_tail(first_day(shuffled, limit)).equals(to_tail(rebuilt))
 
     whole_log = to_tail(first_day(days[0], limit))
@@ -144,11 +144,8 @@ def test_new_files_only_equal_one_rebuild(seed: int) -> None:
     for file in range(3):
         users = random.integers(0, 3, 12)
         times = random.integers(4 * file, 4 * file + 6, 12)
-        days.append(
-            events(
-                *((int(u), file * 12 + i, int(t)) for i, (u, t) in enumerate(zip(users, times, strict=True))), file=file
-            )
-        )
+        rows = [(int(users[i]), file * 12 + i, int(times[i])) for i in range(12)]
+        days.append(events(*rows, file=file))
     tail = empty_tail(SCHEMA)
     for day in days:
         tail = to_tail(merge_tail(tail, day, limit))
