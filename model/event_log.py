@@ -272,20 +272,20 @@ def canonical_events(
     if "event_type" in table.column_names:
         event_type = _as_string(table.column("event_type"))
     else:
-        event_type = _one_chunk(pa.array([DEFAULT_EVENT_TYPE]).take(pa.array(np.zeros(rows, np.int64))))
+        event_type = _repeat(DEFAULT_EVENT_TYPE, rows)
     timestamp_us, early = _timestamps(table.column("timestamp"))
     known_type = pc.fill_null(pc.is_in(event_type, value_set=pa.array(description.event_type_names)), False)
 
     timestamp_null = _numpy_bool(pc.is_null(table.column("timestamp")))
     reason = np.zeros(rows, np.int8)
-    for code, bad in (
+    for number, bad in (
         (1, _numpy_bool(pc.is_null(user_id))),
         (2, _numpy_bool(pc.is_null(item_id))),
         (3, timestamp_null | early),
         (4, ~_numpy_bool(known_type)),
         (5, timestamp_us > as_of_us),
     ):
-        reason[(reason == 0) & bad] = code
+        reason[(reason == 0) & bad] = number
 
     if description.order_column is None:
         order = np.zeros(rows, np.int64)
@@ -307,37 +307,67 @@ def canonical_events(
         return events, REJECT_SCHEMA.empty_table()
 
     set_aside = np.flatnonzero(reason)
-    names = ("", "null_user", "null_item", "null_timestamp", "undeclared_event_type", "future_timestamp")
-    seen = events.take(pa.array(set_aside))
-    raw_time = table.column("timestamp").take(pa.array(set_aside))
-    details = []
-    for row, code in enumerate(reason[set_aside].tolist()):
-        if code == 3 and raw_time[row].is_valid:
-            details.append(f"{_raw_int(raw_time[row])} is before what int64 microseconds hold")
-        elif code == 4:
-            found = seen.column("event_type")[row].as_py()
-            details.append("null" if found is None else found)
-        elif code == 5:
-            when = seen.column("timestamp_us")[row].as_py()
-            details.append(f"{show_time(when)} is after {show_time(as_of_us)}")
-        else:
-            details.append("")
-    rejects = make_rejects(seen, [path] * len(set_aside), [names[code] for code in reason[set_aside].tolist()], details)
+    wanted = ["user_id", "item_id", "event_type", "timestamp_us", "source_row"]
+    seen = events.select(wanted).take(pa.array(set_aside))
+    code = reason[set_aside]
+    rejects = make_rejects(
+        seen,
+        _repeat(path, len(set_aside)),
+        pa.array(_REASONS, pa.string()).take(pa.array(code)),
+        _details(seen, table.column("timestamp").take(pa.array(set_aside)), code, as_of_us),
+    )
     return events.filter(pa.array(reason == 0)), rejects
 
 
+_REASONS = ("", "null_user", "null_item", "null_timestamp", "undeclared_event_type", "future_timestamp")
+
+
+def _details(seen: pa.Table, raw_time: pa.ChunkedArray, code: NDArray[np.int8], as_of_us: int) -> pa.Array:
+    """What to say of each row set aside. Whole logs are replayed day by day, so there may be millions."""
+    details = _repeat("", len(code))
+    if (code == 3).any():
+        ticks = _timestamp_units(raw_time)[0].cast(pa.string())
+        early = pc.binary_join_element_wise(ticks, "is before what int64 microseconds hold", " ")
+        details = pc.if_else(pc.and_(pa.array(code == 3), pc.is_valid(ticks)), early, details)
+    if (code == 4).any():
+        details = pc.if_else(pa.array(code == 4), pc.fill_null(_one_chunk(seen.column("event_type")), "null"), details)
+    if (code == 5).any():
+        time_us = _one_chunk(seen.column("timestamp_us"))
+        near = pc.and_(pa.array(code == 5), pc.less(time_us, _LATEST_PLAUSIBLE_US))
+        text = pc.if_else(near, time_us, 0).cast(pa.timestamp("us")).cast(pa.string())  # 2017-10-15 03:00:00.000000
+        text = pc.replace_substring(pc.replace_substring(text, " ", "T"), ".000000", "")
+        text = pc.if_else(
+            near,
+            pc.binary_join_element_wise(text, "Z", ""),
+            pc.binary_join_element_wise(time_us.cast(pa.string()), "microseconds", " "),
+        )
+        late = pc.binary_join_element_wise(text, f"is after {show_time(as_of_us)}", " ")
+        details = pc.if_else(pa.array(code == 5), late, details)
+    return details
+
+
+def _repeat(value: str, count: int) -> pa.Array:
+    return pa.array([value], pa.string()).take(pa.array(np.zeros(count, np.int64)))
+
+
 def make_rejects(
-    events: pa.Table, source_paths: Sequence[str], reasons: Sequence[str], details: Sequence[str]
+    events: pa.Table,
+    source_paths: Sequence[str] | pa.Array,
+    reasons: Sequence[str] | pa.Array,
+    details: Sequence[str] | pa.Array,
 ) -> pa.Table:
     """A reject table from rows with user_id, item_id and source_row, and one path, reason and detail for each."""
+    texts = [
+        values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, pa.string())
+        for values in (source_paths, reasons, details)
+    ]
     return pa.Table.from_arrays(
         [
-            pa.array(source_paths, pa.string()),
+            texts[0],
             events.column("source_row"),
             _as_string(events.column("user_id")),
             _as_string(events.column("item_id")),
-            pa.array(reasons, pa.string()),
-            pa.array(details, pa.string()),
+            *texts[1:],
         ],
         schema=REJECT_SCHEMA,
     )
@@ -787,10 +817,6 @@ def _timestamps(column: pa.Array | pa.ChunkedArray) -> tuple[NDArray[np.int64], 
     early = values < _INT64.min // factor + 1
     late = values > _INT64.max // factor
     return np.where(late, _INT64.max, np.where(early | late, 0, values) * factor), early
-
-
-def _raw_int(value: pa.Scalar) -> int:
-    return int(value.value if isinstance(value, pa.TimestampScalar) else value.as_py())
 
 
 def show_time(time_us: int) -> str:

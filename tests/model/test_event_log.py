@@ -303,7 +303,20 @@ def test_undeclared_event_type(tmp_path):
 
 def test_future_timestamp(tmp_path):
     detail = "1970-01-01T00:16:41Z is after 1970-01-01T00:16:40Z"
-    assert one_bad(tmp_path, row(timestamp=1001)) == [(1, "1", "10", "future_timestamp", detail)]
+    far = "9223372036854775807 microseconds is after 1970-01-01T00:16:40Z"
+    assert one_bad(tmp_path, row(timestamp=1001), row(timestamp=2**62)) == [
+        (1, "1", "10", "future_timestamp", detail),
+        (2, "1", "10", "future_timestamp", far),
+    ]
+
+
+def test_half_of_a_large_log_in_the_future(tmp_path):
+    count = 200_000
+    seconds = pa.array(np.arange(count))
+    table = pa.table({"user_id": seconds, "item_id": seconds, "event_type": ["click"] * count, "timestamp": seconds})
+    events, rejects = canonical_events(table, PLAIN, 99_999 * SECOND)
+    assert (events.num_rows, rejects.num_rows) == (100_000, 100_000)
+    assert rejects.column("detail")[0].as_py() == "1970-01-02T03:46:40Z is after 1970-01-02T03:46:39Z"
 
 
 def test_an_event_at_as_of_is_not_future(tmp_path):
