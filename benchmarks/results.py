@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.page import render
+
 FOLDER: Final = Path(__file__).parent / "results"
 REQUIRED: Final = ("measure", "value", "unit")
 OPTIONAL: Final = ("target", "rival", "rival_value", "command", "hardware", "versions", "date", "note")
@@ -40,6 +42,7 @@ def record(theme: str, entries: Iterable[Mapping[str, Any]], folder: Path = FOLD
             os.fsync(out.fileno())
         Path(out.name).chmod(0o644)
         Path(out.name).replace(path)
+        path.with_suffix(".md").write_text(render(theme, json.loads(text)))
     return path
 
 
