@@ -63,13 +63,13 @@ class Server:
         self._health = health.HealthServicer()
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
-        pool = BoundedPool(settings.threads, settings.max_queue, "embed")
+        self.pool = BoundedPool(settings.threads, settings.max_queue, "embed")
         side_pool = futures.ThreadPoolExecutor(1, "side")
         reflection_pool = futures.ThreadPoolExecutor(2, "reflection")
-        self._pools = [pool, side_pool, reflection_pool]
-        self._server = grpc.server(pool, options=[("grpc.so_reuseport", int(reuse_port))])
+        self._pools = [self.pool, side_pool, reflection_pool]
+        self._server = grpc.server(self.pool, options=[("grpc.so_reuseport", int(reuse_port))])
         current: Callable[[], ResidentSet | None] = lambda: self.follower.current  # noqa: E731
-        tower = UserTower(settings, current, self.store, self.metrics, pool, side_pool, now_us=now_us)
+        tower = UserTower(settings, current, self.store, self.metrics, self.pool, side_pool, now_us=now_us)
         self._server.add_generic_rpc_handlers((tower,))
         # Health and reflection stay out of the queue of requests: a busy server is not a dead one, and a reflection
         # stream that is left open must not hold a thread that embeds.
