@@ -4,10 +4,13 @@ Legend: B targets, S candidates (distinct items), E embedding width, N catalogue
 """
 
 import math
+from typing import Any
 
 import torch
 
 from model.errors import ShapeError
+
+_BLOCK, _BLOCK_CUDA = 2**20, 2**28  # logits held at once
 
 
 def sampled_softmax(
@@ -22,11 +25,12 @@ def sampled_softmax(
 ) -> torch.Tensor:
     """Mean over targets of -log( e^p / (e^p + sum_s e^(c_s - log q_s)) ), p and c_s the cosines over the temperature.
 
-    user_BE, positive_BE: L2-normalised, f32|bf16|f64 [B, E]. candidate_SE: L2-normalised [S, E], distinct items.
+    user_BE, positive_BE, candidate_SE: L2-normalised, f32 or f64, one dtype; candidates are distinct items.
     mask_BS: bool [B, S], True where a candidate is no negative of the target (see collision_mask).
     log_q_S: log of the chance that a candidate is in the pool at all (see log_inclusion); None means 0.
-    weight_B: f32 [B], at least 0, weights of the targets in the mean; None means 1 each. All 0 gives 0.
-    Returns a scalar in float32 (float64 for float64 inputs). Raises ShapeError.
+    weight_B: [B], at least 0, weights of the targets in the mean; None means 1 each. All 0 gives 0.
+    Returns a scalar of the inputs' dtype. Raises ShapeError. Differentiable once, in the three embeddings; the
+    gradient is made along with the loss, some targets at a time, so that no [B, S] table of logits is ever kept.
 
     Source: Bengio and Senecal, Adaptive importance sampling, 2008, eq. 7, and Yi et al., Sampling-bias-corrected
     neural modeling, RecSys 2019, eq. 4-6. We differ from Yi in leaving the positive uncorrected: it is in the pool
@@ -40,19 +44,85 @@ def sampled_softmax(
         )
     if mask_BS.shape != (size, len(candidate_SE)):
         raise ShapeError(f"mask must be [B, S] = [{size}, {len(candidate_SE)}], got {tuple(mask_BS.shape)}")
-    exact = torch.float64 if user_BE.dtype == torch.float64 else torch.float32
-    with torch.autocast(user_BE.device.type, enabled=False):
-        positive_B = (user_BE.to(exact) * positive_BE.to(exact)).sum(1) / temperature
-    logit_BS = (user_BE @ candidate_SE.T).to(exact) / temperature
+    if weight_B is None:
+        weight_B = user_BE.new_ones(size)
+    weight_B = weight_B.to(user_BE.dtype)
+    weight_B = weight_B / weight_B.sum().clamp_min(torch.finfo(user_BE.dtype).tiny)
     if log_q_S is not None:
-        logit_BS = logit_BS - log_q_S.to(exact)
-    # Finite, so that a row with nothing but masked candidates has finite gradients.
-    logit_BS = logit_BS.masked_fill(mask_BS, torch.finfo(exact).min / 4)
+        log_q_S = log_q_S.to(user_BE.dtype)
+    loss: torch.Tensor = _SampledSoftmax.apply(
+        user_BE, positive_BE, candidate_SE, mask_BS, log_q_S, weight_B, temperature
+    )  # type: ignore[no-untyped-call]
+    return loss
+
+
+def sampled_softmax_reference(
+    user_BE: torch.Tensor,
+    positive_BE: torch.Tensor,
+    candidate_SE: torch.Tensor,
+    mask_BS: torch.Tensor,
+    *,
+    temperature: float,
+    log_q_S: torch.Tensor | None = None,
+    weight_B: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same in plain torch, for tests: readable, and differentiable as often as one likes."""
+    positive_B = (user_BE * positive_BE).sum(1) / temperature
+    logit_BS = user_BE @ candidate_SE.T / temperature
+    if log_q_S is not None:
+        logit_BS = logit_BS - log_q_S
+    logit_BS = logit_BS.masked_fill(mask_BS, torch.finfo(logit_BS.dtype).min / 4)
     loss_B = torch.logaddexp(positive_B, torch.logsumexp(logit_BS, 1)) - positive_B
     if weight_B is None:
         return loss_B.mean()
-    weight_B = weight_B.to(exact)
-    return (loss_B * weight_B).sum() / weight_B.sum().clamp_min(torch.finfo(exact).tiny)
+    return (loss_B * weight_B).sum() / weight_B.sum()
+
+
+class _SampledSoftmax(torch.autograd.Function):
+    """Loss and gradients in one pass over blocks of targets; a block's logits fit the processor's cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        user_BE: torch.Tensor,
+        positive_BE: torch.Tensor,
+        candidate_SE: torch.Tensor,
+        mask_BS: torch.Tensor,
+        log_q_S: torch.Tensor | None,
+        weight_B: torch.Tensor,
+        temperature: float,
+    ) -> torch.Tensor:
+        query_BE = user_BE / temperature
+        positive_B = (query_BE * positive_BE).sum(1)
+        grad_user_BE = torch.empty_like(user_BE)
+        grad_positive_B = torch.empty_like(positive_B)
+        grad_candidate_SE = torch.zeros_like(candidate_SE)
+        loss_B = torch.empty_like(positive_B)
+        block = max(1, (_BLOCK_CUDA if user_BE.is_cuda else _BLOCK) // max(len(candidate_SE), 1))
+        for start in range(0, len(user_BE), block):
+            part = slice(start, start + block)
+            query, own_b, weight_b = query_BE[part], positive_B[part], weight_B[part]
+            logit = query @ candidate_SE.T
+            if log_q_S is not None:
+                logit -= log_q_S
+            logit.masked_fill_(mask_BS[part], -torch.inf)
+            highest = torch.maximum(logit.amax(1), own_b) if logit.shape[1] else own_b
+            share = logit.sub_(highest[:, None]).exp_()  # unnormalised, in place of the logits
+            own = (own_b - highest).exp()
+            total = share.sum(1) + own
+            loss_B[part] = total.log() + highest - own_b
+            share.mul_((weight_b / total)[:, None])
+            grad_positive_B[part] = weight_b * (own / total - 1)
+            torch.mm(share, candidate_SE, out=grad_user_BE[part])
+            grad_candidate_SE.addmm_(share.T, query)
+        grad_user_BE.addcmul_(grad_positive_B[:, None], positive_BE).div_(temperature)
+        ctx.save_for_backward(grad_user_BE, grad_positive_B[:, None] * query_BE, grad_candidate_SE)
+        return (loss_B * weight_B).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(saved * grad for saved in ctx.saved_tensors), None, None, None, None
 
 
 def collision_mask(

@@ -297,6 +297,8 @@ class SubjectSampler:
         self._value_NL = (
             np.concatenate(values_NL, 1) if values_NL else np.empty((embedder.shape.num_items, 0), np.int64)
         )
+        self._value_NL = -np.sort(-self._value_NL, 1)  # an item's values first
+        self._count_N = (self._value_NL >= 0).sum(1)
         item, column = np.nonzero(self._value_NL >= 0)
         value = self._value_NL[item, column]
         order = np.argsort(value, kind="stable")
@@ -312,11 +314,12 @@ class SubjectSampler:
         self, item_B: Ints, share: float, limit: int, rng: np.random.Generator
     ) -> tuple[Ints, NDArray[np.float32]]:
         """Rows and confidences, each [B, M]; a share of the targets gets 1 to M subjects, the others none."""
-        size, width = len(item_B), self._value_NL.shape[1]
+        size = len(item_B)
         shape = (size, limit)
         wanted_BM = (rng.random(size) < share)[:, None] & (np.arange(limit) < rng.integers(1, limit + 1, size)[:, None])
         known_B = item_B < len(self._value_NL)
-        value_BM = self._value_NL[np.where(known_B, item_B, 0)[:, None], rng.integers(width, size=shape)]
+        row_B1 = np.where(known_B, item_B, 0)[:, None]
+        value_BM = self._value_NL[row_B1, (rng.random(shape) * self._count_N[row_B1]).astype(np.int64)]
         wanted_BM &= (value_BM >= 0) & known_B[:, None]
         value_BM = np.maximum(value_BM, 0)
         count_BM = self._offsets[value_BM + 1] - self._offsets[value_BM]

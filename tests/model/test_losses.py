@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model.errors import ShapeError
-from model.losses import collision_mask, log_inclusion, sampled_softmax
+from model.losses import collision_mask, log_inclusion, sampled_softmax, sampled_softmax_reference
 
 
 def unit(rows):
@@ -120,3 +120,29 @@ def test_shapes_are_checked():
         sampled_softmax(user, user[:, :1], candidates, no_mask(1, 1), temperature=1.0)
     with pytest.raises(ShapeError, match="mask"):
         sampled_softmax(user, user, candidates, no_mask(2, 1), temperature=1.0)
+
+
+@pytest.mark.parametrize("pool", [1, 40, 3000])
+def test_loss_and_gradients_equal_plain_autograd(pool):
+    """Pools of 3000 make several blocks of targets."""
+    torch.manual_seed(0)
+
+    def inputs():
+        torch.manual_seed(1)
+        rows = [F.normalize(torch.randn(n, 6, dtype=torch.float64), dim=-1) for n in (700, 700, pool)]
+        return [row.requires_grad_() for row in rows]
+
+    options = {
+        "mask_BS": torch.rand(700, pool) < 0.2,
+        "temperature": 0.1,
+        "log_q_S": torch.rand(pool, dtype=torch.float64) - 2,
+        "weight_B": torch.rand(700, dtype=torch.float64),
+    }
+    found, wanted = inputs(), inputs()
+    loss = sampled_softmax(*found, **options)
+    plain = sampled_softmax_reference(*wanted, **options)
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
+    (3 * loss).backward()
+    (3 * plain).backward()
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-14)
