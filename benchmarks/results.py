@@ -65,14 +65,16 @@ def command_line() -> str:
 
 
 def hardware() -> str:
-    """Processor and number of cores."""
+    """GPU where a benchmark of this process can use one, processor and number of cores."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 model = line.partition(":")[2].strip()
                 break
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    torch = sys.modules.get("torch")
+    gpu = f"{torch.cuda.get_device_name()}, " if torch is not None and torch.cuda.is_available() else ""
+    return f"{gpu}{model}, {len(os.sched_getaffinity(0))} cores"
 
 
 def versions(*packages: str) -> dict[str, str]:
