@@ -10,7 +10,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +47,7 @@ from model.training.settings import LogCounts, TrainSettings, config_for, settin
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 1
+_PREPARING = 3  # threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,15 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, then put the weights of the best epoch in place."""
+        before = torch.get_float32_matmul_precision()
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for the softmax; the tower itself trains in bfloat16
+        try:
+            self._run()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def _run(self) -> None:
         settings, progress = self.settings, self.progress
         started = time.monotonic() - progress.seconds
         board = _tensorboard(self.folder)
@@ -120,11 +132,9 @@ class Trainer:
         while not stop:
             steps = self.data.plan(progress.epoch)
             losses: list[torch.Tensor] = []
-            remaining = range(progress.step, len(steps))
-            for number in _with_progress(remaining, len(steps), progress):
-                loss = self._step(steps[number], number, len(steps))
-                if loss is not None:
-                    losses.append(loss)
+            for number, batch in enumerate(_with_progress(self._batches(steps), len(steps), progress), progress.step):
+                if batch is not None:
+                    losses.append(self._step(batch, number, len(steps)))
                 progress.step = number + 1
                 progress.total_steps += 1
                 progress.seconds = time.monotonic() - started
@@ -180,11 +190,24 @@ class Trainer:
         warm = min(1.0, (progress.total_steps + 1) / max(1, settings.warmup_steps))
         return settings.learning_rate * warm * (settings.final_rate + (1 - settings.final_rate) * cosine)
 
-    def _step(self, windows: tuple[Ints, Ints], number: int, steps_per_epoch: int) -> torch.Tensor | None:
-        """One optimiser step; returns the loss, on the device, or None where chance left no target."""
-        batch = self.data.step(windows, self.progress.epoch, number)
-        if batch is None:
-            return None
+    def _batches(self, steps: list[tuple[Ints, Ints]]) -> Iterator[StepBatch | None]:
+        """What is left of the epoch. On CUDA, threads prepare the next steps while the device works on this one."""
+        epoch, first = self.progress.epoch, self.progress.step
+        if self.device.type != "cuda":
+            for number in range(first, len(steps)):
+                yield self.data.step(steps[number], epoch, number)
+            return
+        with ThreadPoolExecutor(_PREPARING) as pool:
+            ahead: deque[Future[StepBatch | None]] = deque()
+            for number in range(first, len(steps)):
+                ahead.append(pool.submit(self.data.step, steps[number], epoch, number))
+                if len(ahead) > 2 * _PREPARING:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def _step(self, batch: StepBatch, number: int, steps_per_epoch: int) -> torch.Tensor:
+        """One optimiser step; returns the loss, on the device."""
         torch.manual_seed(hash((self.settings.seed, self.progress.epoch, number)) % 2**63)
         self.tower.train()
         if self.head_only:
@@ -425,14 +448,14 @@ def _autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def _with_progress(steps: range, total: int, progress: Progress) -> Iterable[int]:
+def _with_progress(batches: Iterable[StepBatch | None], total: int, progress: Progress) -> Iterable[StepBatch | None]:
     try:
         from tqdm import tqdm
     except ImportError:
-        return steps
+        return batches
     # disable=None: quiet where stderr is no terminal
     return tqdm(
-        steps, desc=f"epoch {progress.epoch + 1}", total=total, initial=progress.step, leave=False, disable=None
+        batches, desc=f"epoch {progress.epoch + 1}", total=total, initial=progress.step, leave=False, disable=None
     )
 
 
