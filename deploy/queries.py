@@ -344,7 +344,7 @@ def describe_example(
             Suggestion(name=catalogue.name(i), detail=catalogue.detail(i), hit=i == request.next_item) for i in items
         ]
 
-    said = [f"{name} = {value}" for name, value in context.features.items()]
+    said = [", ".join(f"{name} {value}" for name, value in context.features.items())] if context.features else []
     said += [f"just now: {catalogue.full_name(item)}" for item in session[:4]]
     said += [f"and {len(session) - 4} earlier"] if len(session) > 4 else []
     said += [f"looking at {catalogue.full_name(subject.item_id)}" for subject in context.subject_items]

@@ -14,7 +14,7 @@ _ARMS = (
     ("context", "Tower, state and context", "main"),
     ("no_context", "Tower, state only", "main"),
     ("recent_popularity", "Popular just now", "other"),
-    ("popularity", "Popular over all time", "other"),
+    ("popularity", "Popular overall", "other"),
 )
 _SLICES = (
     ("item_seen", "Items the training has seen"),
@@ -321,7 +321,7 @@ def _quality(quality: Mapping[str, Any]) -> Markup:
         share = f"{size:,} ({percent(size / max(1, quality['test_events']))})"
         values = [_estimate(arms, arm, part, recall) for arm, _, _ in _ARMS]
         slices.append([title, share, *("-" if value is None else f"{value['value']:.3f}" for value in values)])
-    heads = ["", "Test events", "State and context", "State only", "Popular now", "Popular ever"]
+    heads = ["", "Test events", "State and context", "State only", "Popular just now", "Popular overall"]
     parts.append(table(heads, slices, numbers=[1, 2, 3, 4, 5]))
     return _section("Quality", *parts)
 
@@ -346,6 +346,13 @@ def _freshness(freshness: Freshness) -> Markup:
         edges, labels = _age_bins(freshness.age_hours)
         counts = np.histogram(np.minimum(freshness.age_hours, edges[-1]), edges)[0]
         parts.append(columns(counts.tolist(), labels, "Age of the stored state when it was asked for"))
+        parts.append(
+            tag(
+                "p",
+                "States older than the last run are those of users who did nothing in the meantime.",
+                class_="soft small",
+            )
+        )
     if freshness.session_share is not None:
         parts.append(
             tag(
