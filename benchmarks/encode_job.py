@@ -44,7 +44,7 @@ from pipelines.runs import RunStore
 from pipelines.transforms.batches import plan_batches
 
 THEME = "main_job"
-SHARDS = 16
+USERS_PER_SHARD = 10_000
 START_S = 1_600_000_000
 AS_OF_S = START_S + 30 * 86_400
 ROW_GROUP_ROWS = 131_072
@@ -97,10 +97,10 @@ def write_release(registry: Path, items: int) -> Manifest:
     return Registry(registry).write(tower, catalogue, trained_until_us=START_S * 1_000_000)
 
 
-def run_job(root: Path, states: Path, device: str, extra: Sequence[str] = ()) -> None:
+def run_job(root: Path, states: Path, device: str, shards: int) -> None:
     """tower-encode in this process, quietly."""
     arguments = ["--events", str(root / "log"), "--registry", str(root / "registry"), "--states", str(states)]
-    arguments += ["--no-redis", "--shards", str(SHARDS), "--device", device, "--as-of", str_time(AS_OF_S), *extra]
+    arguments += ["--no-redis", "--shards", str(shards), "--device", device, "--as-of", str_time(AS_OF_S)]
     with redirect_stdout(StringIO()):
         status = encode_main(arguments)
     if status:
@@ -190,11 +190,11 @@ def versions() -> dict[str, str]:
     return {**library_versions(), "apache-beam": apache_beam.__version__}
 
 
-def compare(root: Path, repeats: int) -> list[dict[str, Any]]:
+def compare(root: Path, repeats: int, shards: int) -> list[dict[str, Any]]:
     """Job and loop in turn on the CPU."""
     release_id = Registry(root / "registry").releases()[-1]
     job, loop = root / "job", root / "loop"
-    run_job(root, job, "cpu")
+    run_job(root, job, "cpu", shards)
     run_loop(root, loop, "cpu", release_id)
     difference = check_equal(root, job, loop)
     users = read_states(root, job).num_rows
@@ -204,12 +204,12 @@ def compare(root: Path, repeats: int) -> list[dict[str, Any]]:
         shutil.rmtree(job)
         shutil.rmtree(loop)
         seconds["loop"].append(timed(lambda: run_loop(root, loop, "cpu", release_id)))
-        seconds["job"].append(timed(lambda: run_job(root, job, "cpu")))
+        seconds["job"].append(timed(lambda: run_job(root, job, "cpu", shards)))
         print(f"repeat {repeat}: job {seconds['job'][-1]:.1f} s, loop {seconds['loop'][-1]:.1f} s", flush=True)
     ratios = [a / b for a, b in zip(seconds["job"], seconds["loop"], strict=True)]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     note = (
-        f"{users:,} users, FnApiRunner, {SHARDS} shards, d{TowerConfig().d_model} L{TowerConfig().num_layers}; medians "
+        f"{users:,} users, FnApiRunner, {shards} shards, d{TowerConfig().d_model} L{TowerConfig().num_layers}; medians "
         f"of {repeats}, job {min(seconds['job']):.1f} to {max(seconds['job']):.1f} s, loop "
         f"{min(seconds['loop']):.1f} to {max(seconds['loop']):.1f} s"
     )
@@ -236,7 +236,7 @@ def compare(root: Path, repeats: int) -> list[dict[str, Any]]:
 
 def peak_rss(root: Path, events: int) -> dict[str, Any]:
     """Peak memory of a job of its own process over one log."""
-    child = [sys.executable, "-m", "benchmarks.encode_job", "--child", str(root)]
+    child = [sys.executable, "-m", "benchmarks.encode_job", "--child", str(root), "--users", str(events // 20)]
     out = subprocess.run(child, check=True, capture_output=True, text=True)
     gigabytes = json.loads(out.stdout.splitlines()[-1])["peak_rss_gb"]
     return {
@@ -248,13 +248,13 @@ def peak_rss(root: Path, events: int) -> dict[str, Any]:
     }
 
 
-def on_cuda(root: Path, device: str, repeats: int) -> list[dict[str, Any]]:
+def on_cuda(root: Path, device: str, repeats: int, shards: int) -> list[dict[str, Any]]:
     """The job on a GPU, its states against the CPU's."""
     job = root / "cuda"
-    run_job(root, job, device)  # also warms up
+    run_job(root, job, device, shards)  # also warms up
     users = read_states(root, job).num_rows
     cpu_root = root / "cpu"
-    run_job(root, cpu_root, "cpu")
+    run_job(root, cpu_root, "cpu", shards)
     difference = float(np.abs(matrix(read_states(root, job)) - matrix(read_states(root, cpu_root))).max())
     tolerance = GOLDEN_TOLERANCE[TowerConfig().compute_dtype]
     print(f"{device} and CPU states differ by at most {difference:.1e} (tolerance {tolerance:g})")
@@ -276,7 +276,7 @@ def on_cuda(root: Path, device: str, repeats: int) -> list[dict[str, Any]]:
     for _ in range(repeats):
         shutil.rmtree(job)
         spans.clear()
-        seconds.append(timed(lambda: run_job(root, job, device)))
+        seconds.append(timed(lambda: run_job(root, job, device, shards)))
         torch.cuda.synchronize()
         shares.append(sum(a.elapsed_time(b) for a, b in spans) / 1000 / seconds[-1])
     Encoder.states = plain  # type: ignore[method-assign]
@@ -311,8 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--users", type=int, default=30_000, help="users of the log (default: 30000)")
-    parser.add_argument("--events", type=int, default=585_000, help="events of the log (default: 585000)")
+    parser.add_argument("--users", type=int, default=20_000, help="users of the log (default: 20000)")
+    parser.add_argument("--events", type=int, default=390_000, help="events of the log (default: 390000)")
     parser.add_argument("--items", type=int, default=20_000, help="items of the catalogue (default: 20000)")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats (default: 3)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to measure the GPU instead (default: cpu)")
@@ -323,18 +323,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.getLogger().setLevel(logging.ERROR)
     if args.child:
-        run_job(Path(args.child), Path(args.child) / "states", "cpu")
+        run_job(Path(args.child), Path(args.child) / "states", "cpu", max(1, args.users // USERS_PER_SHARD))
         print(json.dumps({"peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
         return
     entries: list[dict[str, Any]] = []
+    shards = max(1, args.users // USERS_PER_SHARD)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_release(root / "registry", args.items)
         write_log(root / "log", args.users, args.events, args.items)
         if args.device != "cpu":
-            entries += on_cuda(root, args.device, args.repeats)
+            entries += on_cuda(root, args.device, args.repeats, shards)
         else:
-            entries += compare(root, args.repeats)
+            entries += compare(root, args.repeats, shards)
             if args.rss_events:
                 shutil.rmtree(root / "log")
                 write_log(root / "log", args.rss_events // 20, args.rss_events, args.items)

@@ -14,6 +14,8 @@ from pipelines.transforms.merge_tail import Histories, Index
 
 PADDING_WASTE = 1.15
 """A batch is cut before its padded size exceeds this multiple of its events."""
+SMALL_BATCH_TOKENS = 2048
+"""A batch of at most so many padded events is not cut for waste: the call itself costs more than the padding."""
 _DETAIL_CHARACTERS = 300
 
 Encode = Callable[[pa.Table, Index], NDArray[np.float32]]
@@ -40,18 +42,20 @@ class Encoded:
     dead: list[Dead]
 
 
-def plan_batches(lengths: Index, max_tokens: int, waste: float = PADDING_WASTE) -> list[Index]:
+def plan_batches(
+    lengths: Index, max_tokens: int, waste: float = PADDING_WASTE, small_tokens: int = SMALL_BATCH_TOKENS
+) -> list[Index]:
     """Positions of `lengths` in batches: sorted by length, cut where padding would exceed `waste` x the events.
 
     lengths: i64 [A], each 1 or more. max_tokens: most users x longest history of a batch; a single longer history is
-    a batch of its own. Every position is in one batch.
+    a batch of its own. small_tokens: padded size up to which waste is no reason to cut. Every position is in one batch.
     """
     ascending = np.argsort(lengths, kind="stable")
     batches: list[Index] = []
     start, real = 0, 0
     for end, length in enumerate(lengths[ascending].tolist()):
         padded = (end - start + 1) * length
-        if end > start and (padded > waste * (real + length) or padded > max_tokens):
+        if end > start and (padded > max(waste * (real + length), small_tokens) or padded > max_tokens):
             batches.append(ascending[start:end])
             start, real = end, 0
         real += length

@@ -11,7 +11,7 @@ from pipelines.transforms.merge_tail import Histories
 
 def test_batches_are_cut_before_padding_exceeds_the_waste() -> None:
     # ascending 1 1 2 8 9: the ones pad nothing, with the 2 they are 6 / 4; 2 with 8 is 16 / 10; 8 with 9 is 18 / 17
-    batches = plan_batches(np.array([9, 1, 2, 8, 1]), max_tokens=100)
+    batches = plan_batches(np.array([9, 1, 2, 8, 1]), max_tokens=100, small_tokens=0)
     assert [batch.tolist() for batch in batches] == [[1, 4], [2], [3, 0]]
 
 
@@ -24,11 +24,11 @@ def test_batches_hold_at_most_max_tokens_padded() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_every_user_is_in_one_batch_within_the_waste(seed: int) -> None:
     lengths = np.random.default_rng(seed).lognormal(3, 1, 1000).astype(np.int64) + 1
-    batches = plan_batches(lengths, max_tokens=4096)
+    batches = plan_batches(lengths, max_tokens=4096, small_tokens=500)
     assert sorted(np.concatenate(batches).tolist()) == list(range(1000))
     for batch in batches:
         padded = len(batch) * lengths[batch].max()
-        assert len(batch) == 1 or padded <= min(4096, 1.15 * lengths[batch].sum())
+        assert len(batch) == 1 or padded <= min(4096, max(500, 1.15 * lengths[batch].sum()))
 
 
 def histories(lengths: list[int]) -> Histories:
