@@ -246,7 +246,10 @@ class Demo:
             self._do(
                 "feast-apply", ["feast", "-c", shown_path(Path(feature_repo.__file__).parent), "apply"], environment
             )
-            said("Registered one feature view for the release's state version, and the service alias user_state.")
+            said(
+                "Registered one feature view for the release's state version, and the service alias user_state. (Feast "
+                "notes that there are no states yet; the next step makes them.)"
+            )
 
         store = RunStore(str(states), manifest.state_version)
         run: dict[str, RunManifest] = {}
@@ -463,6 +466,7 @@ def prepare(settings: Settings) -> None:
         shutil.rmtree(work)
     work.mkdir(parents=True)
     (work / MARKER).touch()
+    (work / "tmp").mkdir()
 
 
 def describe_data(settings: Settings, inputs: Inputs, events: pa.Table, rejects: pa.Table) -> Data:
@@ -694,7 +698,9 @@ def main(arguments: Sequence[str] | None = None, programs: Path = PROGRAMS) -> i
     settings = parse_settings(arguments)
     logging.basicConfig(level=logging.WARNING, format="  %(message)s")
     logging.getLogger("model.dataset").setLevel(logging.INFO)
-    environment = child_environment(os.environ, programs)
+    # Beam leaves folders behind where temporary files go.
+    temporary = {"TMPDIR": str((settings.work / "tmp").absolute())}
+    environment = child_environment(os.environ, programs) | temporary
     demo: Demo | None = None
     try:
         with Processes(settings.logs, environment) as processes:

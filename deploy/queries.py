@@ -330,7 +330,7 @@ def describe_example(
     """What this user was recommended with and without the context. hide_seen: leave out what the user had before."""
     history = history_of(cut, request.user_id)
     context = request.context
-    session = [event.item_id for event in reversed(context.session_events)]
+    session = [event.item_id for event in context.session_events]
     when = context.timestamp_us or cut.as_of_us
     score_BN = catalogue.scores(np.stack([without.vector, with_context.vector]), [when, when])
     if hide_seen:
@@ -345,7 +345,10 @@ def describe_example(
         ]
 
     said = [", ".join(f"{name} {value}" for name, value in context.features.items())] if context.features else []
-    said += [f"just now: {catalogue.full_name(item)}" for item in session[:4]]
+    said += [
+        f"{_ago(when - event.timestamp_us)}: {catalogue.full_name(event.item_id)}, {event.event_type}"
+        for event in context.session_events[:-5:-1]
+    ]
     said += [f"and {len(session) - 4} earlier"] if len(session) > 4 else []
     said += [f"looking at {catalogue.full_name(subject.item_id)}" for subject in context.subject_items]
     outcome = f"Answered {with_context.answer}."
@@ -367,3 +370,10 @@ def describe_example(
         with_context=best(score_BN[1]),
         outcome=outcome,
     )
+
+
+def _ago(span_us: int) -> str:
+    minutes = span_us / 60_000_000
+    if minutes < 1:
+        return f"{span_us // 1_000_000} s ago"
+    return f"{minutes:.0f} min ago" if minutes < 100 else f"{minutes / 60:.0f} h ago"

@@ -312,7 +312,7 @@ def _quality(quality: Mapping[str, Any]) -> Markup:
         tag("h3", f"Recall@{k}: how often the item taken next is among the first {k}"),
         bars(chart),
         table(["", f"Recall@{k}", f"NDCG@{k}"], rows, numbers=[1, 2]),
-        tag("p", f"In brackets: {quality['interval']}.", class_="soft small"),
+        tag("p", f"In brackets: interval of {quality['interval']}.", class_="soft small"),
         tag("h3", f"Where it comes from: Recall@{k} by part of the test"),
     ]
     slices = []
