@@ -95,7 +95,7 @@ def measure(
 def entries(name: str, report: Mapping[str, Any], result: TrainResult, device: str) -> list[dict[str, Any]]:
     """The report's figures as records."""
     short = {"ml-1m": "ml1m", "globo-news": "globo"}[name]
-    kind = f"{torch.cuda.get_device_name()}, {hardware()}" if device.startswith("cuda") else hardware()
+    kind = hardware()
     trained = f"{len(result.summary['history'])} epochs in {result.summary['train_seconds']:.0f} s"
     sampled = f" of {report['test_events_total']:,}, sampled" if report["sampled"] else ""
 

@@ -29,7 +29,8 @@ class SessionLayer(nn.Module):
 
     def forward(self, state_BD: torch.Tensor, context: ContextFeatures, item_IE: torch.Tensor) -> torch.Tensor:
         """Returns [B, C]; zeros where the session is empty."""
-        event_BKE = item_IE[context.session_item_BK] * self.scale
+        # F.embedding, not indexing: its gradient copes with many equal rows (the padding is one)
+        event_BKE = F.embedding(context.session_item_BK, item_IE) * self.scale
         event_BKE = event_BKE + self.type_embedding(context.session_type_BK)
         event_BKE = event_BKE + self.gap_embedding(context.session_gap_BK)
         length_B = context.session_length_B
@@ -90,7 +91,7 @@ class ContextHead(nn.Module):
 
     def _context(self, context: ContextFeatures, item_IE: torch.Tensor) -> torch.Tensor:
         weight_BM = context.subject_weight_BM
-        subject_BE = torch.einsum("bm,bme->be", weight_BM, item_IE[context.subject_item_BM])
+        subject_BE = torch.einsum("bm,bme->be", weight_BM, F.embedding(context.subject_item_BM, item_IE))
         total_B1 = weight_BM.sum(-1, keepdim=True)
         other_BC: torch.Tensor = self.subject(subject_BE / total_B1.clamp(min=1.0))
         other_BC = other_BC + self.hour_embedding(context.hour_B) + self.weekday_embedding(context.weekday_B)

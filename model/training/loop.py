@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model.config import TowerConfig
@@ -230,7 +231,7 @@ class Trainer:
                 hidden_TD = tower.encoder(batch.events)
             cold_D = tower.head.cold_state_D
             known_B1 = (batch.hidden_B >= 0)[:, None]
-            state_BD = torch.where(known_B1, hidden_TD[batch.hidden_B.clamp_min(0)].float(), cold_D)
+            state_BD = torch.where(known_B1, F.embedding(batch.hidden_B.clamp_min(0), hidden_TD).float(), cold_D)
             item_IE = tower.items.table()
             user_BE = tower.head(state_BD, batch.context, item_IE)
         same_user = self.settings.mask_same_user
@@ -242,8 +243,8 @@ class Trainer:
         user_BE, item_IE = user_BE.float(), item_IE.float()
         return sampled_softmax(
             user_BE,
-            item_IE[batch.item_B],
-            item_IE[batch.candidate_S],
+            F.embedding(batch.item_B, item_IE),
+            F.embedding(batch.candidate_S, item_IE),
             mask_BS,
             temperature=config.temperature,
             log_q_S=batch.log_q_S,
