@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--metrics-port", type=int, default=9464, metavar="PORT",
         help="HTTP port of /metrics, for worker i the i-th after; 0: free ones (default: %(default)s)")  # fmt: skip
     add("--workers", type=int, default=1, help="processes that share the port, one a core (default: %(default)s)")
-    add("--threads", type=int, default=4, help="requests worked on at once in a process (default: %(default)s)")
+    add("--threads", type=int, default=8, help="requests taken in at once by a process (default: %(default)s)")
     add("--max-queue", type=int, default=256, metavar="N",
         help="requests that may wait in a process; more get RESOURCE_EXHAUSTED (default: %(default)s)")  # fmt: skip
     add("--policy", choices=POLICIES, default="cold_start",

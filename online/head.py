@@ -58,24 +58,30 @@ class ServingHead:
         self._subject_EC = _array(head.subject.weight.T)
         self._query_QC = None if head.query is None else _array(head.query.weight.T)
 
-        # Session.
+        # Session: an event is scale * (item + (type + gap) / scale). Type and gap share one table, and the scale goes
+        # into the weights that read events.
         session = head.session
-        self._scale = np.float32(session.scale)
-        self._type_embedding = _array(session.type_embedding.weight)
-        self._gap_embedding = _array(session.gap_embedding.weight)
-        self._session_query = _array(session.query.weight.T), _array(session.query.bias)
-        self._session_out = _array(session.out.weight.T), _array(session.out.bias)
+        scale = np.float32(session.scale)
+        types, gaps = _array(session.type_embedding.weight), _array(session.gap_embedding.weight)
+        self._type_gap = ((types[:, None] + gaps[None]) / scale).reshape(-1, types.shape[1])
+        width = self._config.d_model
+        self._session_query = _array(session.query.weight.T).copy()
+        self._session_query[width:] *= scale
+        self._session_query_bias = _array(session.query.bias)
+        self._session_out = _array(session.out.weight.T) * scale
+        self._session_out_bias = _array(session.out.bias)
 
-        # Both layer norms as one of shape [2, C].
+        # The hidden layer and the short cut read the same input: one product. The gains and biases of the two layer
+        # norms before it go into its weights.
         norms = head.session_norm, head.context_norm
         self._epsilon = np.float32(norms[0].eps)
-        self._gain_2C = np.stack([_array(norm.weight) for norm in norms])
-        self._bias_2C = np.stack([_array(norm.bias) for norm in norms])
-
-        # The hidden layer and the short cut read the same input: one product.
+        joined_JN = _array(torch.cat([head.hidden.weight, head.shortcut.weight]).T).copy()
+        bias_N = np.concatenate([_array(head.hidden.bias), _array(head.out.bias)])
+        normed = joined_JN[width:]
+        bias_N += np.concatenate([_array(norm.bias) for norm in norms]) @ normed
+        normed *= np.concatenate([_array(norm.weight) for norm in norms])[:, None]
+        self._joined_JN, self._joined_bias_N = joined_JN, bias_N
         self._hidden = head.hidden.weight.shape[0]
-        self._joined_JN = _array(torch.cat([head.hidden.weight, head.shortcut.weight]).T)
-        self._joined_bias_N = np.concatenate([_array(head.hidden.bias), _array(head.out.bias)])
         self._out_WE = _array(head.out.weight.T)
         self._check(release)
 
@@ -84,18 +90,14 @@ class ServingHead:
         features = self._featuriser.contexts(contexts, history_until_us)
         size, width = states.shape
         context_dim = self._config.context_dim
-        parts_B2C = np.empty((size, 2, context_dim), np.float32)
-        parts_B2C[:, 0] = self._session(states, features)
-        parts_B2C[:, 1] = self._context(features)
-        parts_B2C -= parts_B2C.mean(-1, keepdims=True)
-        variance = np.einsum("bpc,bpc->bp", parts_B2C, parts_B2C) / np.float32(context_dim)
-        parts_B2C *= (1.0 / np.sqrt(variance + self._epsilon))[..., None]
-        parts_B2C *= self._gain_2C
-        parts_B2C += self._bias_2C
-
         joined_BJ = np.empty((size, width + 2 * context_dim), np.float32)
         joined_BJ[:, :width] = states
-        joined_BJ[:, width:] = parts_B2C.reshape(size, -1)
+        parts_B2C = joined_BJ[:, width:].reshape(size, 2, context_dim)  # a view
+        self._session(states, features, parts_B2C[:, 0])
+        self._context(features, parts_B2C[:, 1])
+        parts_B2C -= np.add.reduce(parts_B2C, -1, keepdims=True) / np.float32(context_dim)
+        variance_B2 = np.einsum("bpc,bpc->bp", parts_B2C, parts_B2C) / np.float32(context_dim)
+        parts_B2C /= np.sqrt(variance_B2 + self._epsilon)[..., None]
         product_BN = joined_BJ @ self._joined_JN
         product_BN += self._joined_bias_N
         hidden_BW = F.gelu(torch.from_numpy(product_BN[:, : self._hidden])).numpy()
@@ -105,7 +107,8 @@ class ServingHead:
         embedding_BE /= np.maximum(length_B, np.float32(1e-12))[:, None]
         return embedding_BE
 
-    def _context(self, features: ContextFeatures) -> Floats:
+    def _context(self, features: ContextFeatures, out_BC: Floats) -> None:
+        """Writes the context's vector, before its norm."""
         category_BC = features.category_BC.numpy()
         code = np.empty((len(category_BC), 3 + category_BC.shape[1]), np.int64)
         code[:, 0] = features.hour_B.numpy()
@@ -113,41 +116,45 @@ class ServingHead:
         code[:, 2] = features.age_B.numpy()
         code[:, 3:] = category_BC
         code += self._shift
-        other_BC: Floats = self._table_RC[code].sum(1)
+        np.add.reduce(self._table_RC[code], 1, out=out_BC)
         weight_BM = features.subject_weight_BM.numpy()
         if weight_BM.any():
-            subject_BE = np.einsum("bm,bme->be", weight_BM, self._item_IE[features.subject_item_BM.numpy()])
-            subject_BE /= np.maximum(weight_BM.sum(-1, keepdims=True), np.float32(1.0))
-            other_BC += subject_BE @ self._subject_EC
+            item_BME = self._item_IE[features.subject_item_BM.numpy()]
+            subject_BE = (weight_BM[:, None] @ item_BME)[:, 0]
+            subject_BE /= np.maximum(np.add.reduce(weight_BM, -1, keepdims=True), np.float32(1.0))
+            out_BC += subject_BE @ self._subject_EC
         if self._query_QC is not None:
-            other_BC += features.query_BQ.numpy() @ self._query_QC
-        return other_BC
+            out_BC += features.query_BQ.numpy() @ self._query_QC
 
-    def _session(self, states: Floats, features: ContextFeatures) -> Floats | np.float32:
+    def _session(self, states: Floats, features: ContextFeatures, out_BC: Floats) -> None:
+        """Writes the session's vector, before its norm; zeros where the session is empty."""
         length_B = features.session_length_B.numpy()
-        longest = int(length_B.max(initial=0))
+        longest = int(length_B.max())
         if not longest:
-            return np.float32(0.0)
+            out_BC[:] = 0.0
+            return
+        index_BK = features.session_type_BK.numpy()[:, :longest] * GAP_BUCKETS
+        index_BK += features.session_gap_BK.numpy()[:, :longest]
         event_BKE = self._item_IE[features.session_item_BK.numpy()[:, :longest]]
-        event_BKE *= self._scale
-        event_BKE += self._type_embedding[features.session_type_BK.numpy()[:, :longest]]
-        event_BKE += self._gap_embedding[features.session_gap_BK.numpy()[:, :longest]]
-        last_BE = event_BKE[np.arange(len(length_B)), np.maximum(length_B - 1, 0)]
-        weight, bias = self._session_query
-        query_BE = np.concatenate([states, last_BE], -1) @ weight
-        query_BE += bias
+        event_BKE += self._type_gap[index_BK]
+        is_ragged = len(length_B) > 1 and bool((length_B < longest).any())
+        if is_ragged:
+            last_BE = event_BKE[np.arange(len(length_B)), np.maximum(length_B - 1, 0)]
+        else:
+            last_BE = event_BKE[:, -1]
+        query_BE = np.concatenate([states, last_BE], -1) @ self._session_query
+        query_BE += self._session_query_bias
         score_BK = (event_BKE @ query_BE[:, :, None])[:, :, 0]
-        score_BK /= self._scale
-        score_BK[np.arange(longest) >= length_B[:, None]] = -1e9
-        score_BK -= score_BK.max(-1, keepdims=True)
+        if is_ragged:
+            score_BK[np.arange(longest) >= length_B[:, None]] = -1e9
+        score_BK -= np.maximum.reduce(score_BK, -1, keepdims=True)
         np.exp(score_BK, out=score_BK)
-        score_BK /= score_BK.sum(-1, keepdims=True)
-        pooled_BE = (score_BK[:, None, :] @ event_BKE)[:, 0]
-        weight, bias = self._session_out
-        out_BC: Floats = np.concatenate([last_BE, pooled_BE], -1) @ weight
-        out_BC += bias
-        out_BC *= (length_B > 0)[:, None]
-        return out_BC
+        score_BK /= np.add.reduce(score_BK, -1, keepdims=True)
+        pooled_BE = (score_BK[:, None] @ event_BKE)[:, 0]
+        np.matmul(np.concatenate([last_BE, pooled_BE], -1), self._session_out, out=out_BC)
+        out_BC += self._session_out_bias
+        if is_ragged:
+            out_BC *= (length_B > 0)[:, None]
 
     def _check(self, release: Release) -> None:
         """Compare with `Release.embed` on contexts with every part present and absent."""

@@ -6,14 +6,16 @@ Each request pins the resident set that is current when its turn comes, once, an
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
+from itertools import groupby
 from typing import Any, NoReturn
 
 import grpc
 
 from model.errors import StateMismatch, StoreUnavailable, TowerError
 from online import wire
+from online.combining import Combiner
 from online.engine import Answered, Request, process_batch
 from online.errors import DeadlineExceeded, NotReady, Overloaded, RequestError
 from online.generated import tower_pb2 as pb
@@ -98,6 +100,7 @@ class UserTower(grpc.GenericRpcHandler):  # type: ignore[misc]
         pool: the server's pool, watched for its bound. side_pool: refuses requests while that one is full.
         """
         self._pool = pool
+        self._combiner: Combiner[tuple[Request, ResidentSet], Answered | Exception] = Combiner(self._process_pinned)
         self._settings = settings
         self._current = current
         self._store = store
@@ -127,8 +130,8 @@ class UserTower(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             residents = self._pin()
             request = self._read(message, residents, self._deadline(context))
-            result = self._process([request], residents)[0]
-            if isinstance(result, TowerError):
+            result = self._combiner.run((request, residents))
+            if isinstance(result, Exception):
                 raise result
             self._metrics.answered(result)
             return wire.write_reply(result)
@@ -188,6 +191,21 @@ class UserTower(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def _read(self, message: pb.EmbedRequest, residents: ResidentSet, deadline: float) -> Request:
         return wire.read_request(message, residents, deadline=deadline, strict_by_default=self._strict)
+
+    def _process_pinned(self, batch: Sequence[tuple[Request, ResidentSet]]) -> list[Answered | Exception]:
+        """Answers requests that came one by one; those that pinned another set are answered apart."""
+        results: list[Answered | Exception] = []
+        for _, same in groupby(batch, key=lambda pair: id(pair[1])):
+            pairs = list(same)
+            try:
+                results += self._process([request for request, _ in pairs], pairs[0][1])
+            except Exception as error:
+                if len(pairs) == 1:
+                    results.append(error)
+                else:  # one request must not cost its neighbours: each by itself
+                    for pair in pairs:
+                        results += self._process_pinned([pair])
+        return results
 
     def _process(self, requests: list[Request], residents: ResidentSet) -> list[Answered | TowerError]:
         return process_batch(

@@ -21,8 +21,8 @@ class Settings:
     metrics_port: int = 9464
     """0 picks a free port."""
     workers: int = 1
-    threads: int = 4
-    """Requests worked on at once in one process."""
+    threads: int = 8
+    """Requests taken in at once by one process; what waits meanwhile becomes one batch."""
     max_queue: int = 256
     """Requests of one process that may wait beyond those being worked on."""
     policy: str = "cold_start"
