@@ -45,10 +45,11 @@ from deploy.report import (
     milliseconds,
     percent,
     seconds,
+    span,
     write,
 )
 from feature_repo.environment import feast_environment
-from model.dataset import DatasetDescription, find_description, load_description
+from model.dataset import DatasetDescription, find_description, load_description, shipped_descriptions
 from model.errors import ConfigError, TowerError
 from model.event_log import list_files, read_items, read_log, read_users, reject_counts, show_time
 from model.release import Manifest, Registry
@@ -476,8 +477,8 @@ def describe_data(settings: Settings, inputs: Inputs, events: pa.Table, rejects:
     taken = pc.count_distinct(events["item_id"]).as_py()
     if events.num_rows == 0:
         raise ConfigError(f"no usable event in {inputs.events}: {reject_counts(rejects) or 'it is empty'}")
-    span = pc.min_max(events["timestamp_us"]).as_py()
-    whole = (span["max"] - span["min"]) / _DAY_US
+    ends = pc.min_max(events["timestamp_us"]).as_py()
+    days = (ends["max"] - ends["min"]) / _DAY_US
     catalogue = read_items(str(inputs.items), description).num_rows
     kinds = pc.value_counts(events["event_type"]).to_pylist()
     types = ", ".join(
@@ -490,16 +491,18 @@ def describe_data(settings: Settings, inputs: Inputs, events: pa.Table, rejects:
         source = f"given: {settings.dataset}"
     elif (beside := beside_file(inputs.events)) is not None:
         source = f"found: {beside}"
+    elif description.name in shipped_descriptions() and description == load_description(description.name):
+        source = f"shipped: {description.name}, after the folder's name"
     else:
-        source = f"{description.name}, shipped or inferred from the log (see below)"
+        source = "none found, so inferred from the log: see below, correct it and give it as DATASET=..."
     made = "Made-up" if settings.events is None else "Your"
     return Data(
-        summary=f"{made} data: {events.num_rows:,} events of {users:,} users on {taken:,} items in {whole:.1f} days.",
+        summary=f"{made} data: {events.num_rows:,} events of {users:,} users on {taken:,} items in {days:.1f} days.",
         facts=[
             ("Events", f"{shown_path(inputs.events)}, {len(list_files(str(inputs.events))):,} files"),
             ("Description", source),
-            ("From", show_time(span["min"])),
-            ("To", show_time(span["max"])),
+            ("From", show_time(ends["min"])),
+            ("To", show_time(ends["max"])),
             ("Event types", types),
             ("Catalogue", f"{catalogue:,} items in {shown_path(inputs.items)}"),
             ("Read by the encoder", ", ".join(["item", "event type", "time gaps", *description.event_columns])),
@@ -539,7 +542,7 @@ def _recall(quality: Mapping[str, Any], arm: str, part: str = "all", k: int = 20
 def quality_meaning(quality: Mapping[str, Any]) -> str:
     """The result in a sentence."""
     best = max(("recent_popularity", "popularity"), key=lambda arm: _recall(quality, arm))
-    name = "what is popular just now" if best == "recent_popularity" else "what is popular over all time"
+    name = f"what was popular in the last {span(quality)}" if best == "recent_popularity" else "what is popular overall"
     return (
         f"The item taken next is in the top 20 for {percent(_recall(quality, 'context'))} of "
         f"{quality['test_events']:,} test events; state only {percent(_recall(quality, 'no_context'))}, {name} "
@@ -661,12 +664,16 @@ def print_summary(steps: Sequence[Step], total_s: float, capped: Sequence[str], 
     margin = max(len(step.title) for step in steps)
     print(f"\n{_bold('What was done')}")
     for step in steps:
-        lines = textwrap.wrap(step.meaning, width - margin - 16) or [""]
+        lines = textwrap.wrap(step.meaning, width - margin - 16, break_on_hyphens=False) or [""]
         print(f"  {step.title:<{margin}}  {seconds(step.seconds):>12}  {lines[0]}")
         for line in lines[1:]:
             print(f"  {'':<{margin}}  {'':>12}  {line}")
     for text in capped:
-        print(textwrap.fill(f"Capped: {text}", width, initial_indent="  ", subsequent_indent="    "))
+        print(
+            textwrap.fill(
+                f"Capped: {text}", width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+            )
+        )
     print(f"\nDone in {seconds(total_s)}. Open {_bold(shown_path(path))}", flush=True)
 
 

@@ -13,7 +13,7 @@ from deploy.markup import Bar, Content, Curve, Markup, bars, columns, distributi
 _ARMS = (
     ("context", "Tower, state and context", "main"),
     ("no_context", "Tower, state only", "main"),
-    ("recent_popularity", "Popular just now", "other"),
+    ("recent_popularity", "Popular lately", "other"),
     ("popularity", "Popular overall", "other"),
 )
 _SLICES = (
@@ -200,6 +200,12 @@ def write(report: Report, path: Path) -> None:
     path.write_text(render(report), encoding="utf-8")
 
 
+def span(quality: Mapping[str, Any]) -> str:
+    """The window of recent popularity."""
+    hours = float(quality["recent_hours"])
+    return f"{hours:g} hours" if hours < 48 else f"{hours / 24:g} days"
+
+
 def percent(share: float) -> str:
     """A share for people."""
     value = 100 * share
@@ -299,7 +305,7 @@ def _quality(quality: Mapping[str, Any]) -> Markup:
     )
     chart, rows = [], []
     for arm, title, tone in _ARMS:
-        label = f"{title} ({quality['recent_hours']:g} h)" if arm == "recent_popularity" else title
+        label = f"Popular in the last {span(quality)}" if arm == "recent_popularity" else title
         found, rank = _estimate(arms, arm, "all", recall), _estimate(arms, arm, "all", ndcg)
         if found is None or rank is None:
             continue
@@ -321,7 +327,7 @@ def _quality(quality: Mapping[str, Any]) -> Markup:
         share = f"{size:,} ({percent(size / max(1, quality['test_events']))})"
         values = [_estimate(arms, arm, part, recall) for arm, _, _ in _ARMS]
         slices.append([title, share, *("-" if value is None else f"{value['value']:.3f}" for value in values)])
-    heads = ["", "Test events", "State and context", "State only", "Popular just now", "Popular overall"]
+    heads = ["", "Test events", "State and context", "State only", "Popular lately", "Popular overall"]
     parts.append(table(heads, slices, numbers=[1, 2, 3, 4, 5]))
     return _section("Quality", *parts)
 
