@@ -6,7 +6,6 @@
 Every step is a command that can be typed; each is printed before it runs. A Redis of its own is started and stopped.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -19,175 +18,51 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import yaml
 
 import feature_repo
 from benchmarks.results import hardware, record, versions
 from deploy import queries
+from deploy.findings import (
+    bold,
+    capped_texts,
+    describe_data,
+    encode_meaning,
+    examples_note,
+    headlines,
+    next_steps,
+    print_summary,
+    quality_meaning,
+    version_facts,
+)
 from deploy.processes import CommandFailed, Processes, Stopped
 from deploy.redis_server import start_redis
 from deploy.report import (
-    Answers,
-    Data,
     Example,
     Freshness,
-    Headline,
-    Latency,
     Report,
     Step,
     milliseconds,
     percent,
     seconds,
-    span,
     write,
 )
+from deploy.settings import Inputs, Settings, cut_times, parse_settings, show_command, shown_path
 from feature_repo.environment import feast_environment
-from model.dataset import DatasetDescription, find_description, load_description, shipped_descriptions
+from model.dataset import find_description, load_description
 from model.errors import ConfigError, TowerError
-from model.event_log import list_files, read_items, read_log, read_users, reject_counts, show_time
-from model.release import Manifest, Registry
+from model.event_log import read_items, read_log, read_users, show_time
+from model.release import Registry
 from online.client import Embedding, EmbedQuery, UserTowerClient
 from pipelines.runs import RunManifest, RunStore
 
 PROGRAMS = Path(sys.executable).parent
 """Where the console scripts are."""
 MARKER = ".made-by-demo"
-_DAY_US = 86_400_000_000
-_SECOND_US = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """What the demo was asked to do."""
-
-    events: Path | None
-    items: Path | None
-    users: Path | None
-    dataset: str | None
-    out: Path
-    quick: bool
-    minutes: float | None
-    """Limit of the training; None for the default of the data at hand."""
-    record: bool
-    keep_serving: bool
-
-    @property
-    def work(self) -> Path:
-        """What a run makes; replaced by the next."""
-        return self.out / "demo"
-
-    @property
-    def logs(self) -> Path:
-        return self.out / "logs"
-
-    @property
-    def training_minutes(self) -> float:
-        """Limit of the training."""
-        if self.minutes is not None:
-            return self.minutes
-        if self.events is not None:
-            return 0.5 if self.quick else 6.0
-        return 0.25 if self.quick else 1.25
-
-    @property
-    def max_test_events(self) -> int:
-        """Largest test that is evaluated whole."""
-        return 2_000 if self.quick else 20_000
-
-    @property
-    def requests(self) -> int:
-        """Timed single requests."""
-        return 500 if self.quick else 2_000
-
-    @property
-    def coverage_users(self) -> int:
-        """Most users asked for to count the answers."""
-        return 5_000 if self.quick else 50_000
-
-
-def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
-    """Settings of a command line. Ends the process with status 2 and one clear line where they make no sense."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--events", type=Path, help="event log: a Parquet file or a folder of parts")
-    parser.add_argument("--items", type=Path, help="items: a Parquet file or a folder; goes with --events")
-    parser.add_argument("--users", type=Path, help="users, where the description declares user columns")
-    parser.add_argument("--dataset", help="description: a YAML file or the name of a shipped one (default: found)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of everything made (default: out)")
-    parser.add_argument("--quick", action="store_true", help="less data, less training: a check that all works")
-    parser.add_argument("--minutes", type=float, help="limit of the training (default: 1.25, on your data 6)")
-    parser.add_argument("--record", action="store_true", help="note the time in benchmarks/results/main_job.json")
-    parser.add_argument("--keep-serving", action="store_true", help="at the end, serve until Ctrl-C")
-    settings = Settings(**vars(parser.parse_args(arguments)))
-    try:
-        check_settings(settings)
-    except TowerError as error:
-        parser.exit(2, f"demo: {error}\n")
-    return settings
-
-
-def check_settings(settings: Settings) -> None:
-    """Raises ConfigError."""
-    if settings.events is None:
-        for flag, value in (("ITEMS", settings.items), ("USERS", settings.users), ("DATASET", settings.dataset)):
-            if value is not None:
-                raise ConfigError(f"{flag} goes with EVENTS: make demo EVENTS=log.parquet ITEMS=items.parquet")
-    elif settings.items is None:
-        raise ConfigError("EVENTS needs ITEMS: make demo EVENTS=log.parquet ITEMS=items.parquet [USERS=...]")
-    for flag, path in (("EVENTS", settings.events), ("ITEMS", settings.items), ("USERS", settings.users)):
-        if path is not None and not path.exists():
-            raise ConfigError(f"{flag}: there is nothing at {path}")
-    if settings.out.exists() and not settings.out.is_dir():
-        raise ConfigError(f"--out: {settings.out} is no folder")
-    if settings.dataset is not None:
-        load_description(settings.dataset)
-    if settings.minutes is not None and settings.minutes <= 0:
-        raise ConfigError(f"--minutes must be above 0, got {settings.minutes:g}")
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """The data the pipeline runs on."""
-
-    events: Path
-    items: Path
-    users: Path | None
-    dataset: str
-    """Description file, or the name of a shipped one."""
-    description: DatasetDescription
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """When the states are cut."""
-
-    previous_us: int
-    as_of_us: int
-    until_us: int
-
-
-def cut_times(description: DatasetDescription, first_us: int, last_us: int) -> Times:
-    """As-of times of the two daily runs, and the end of the test.
-
-    Split by time: the second run is at the start of the test. Otherwise: at the end of the log. The first is a day
-    earlier, or half way where the log is too short for that.
-    """
-    if description.evaluation.split == "time":
-        as_of_us, until_us = description.evaluation.window_us(first_us, last_us)
-    else:
-        as_of_us, until_us = -(-last_us // _SECOND_US) * _SECOND_US, last_us + 1
-    previous_us = as_of_us - _DAY_US
-    if previous_us <= first_us:
-        previous_us = (first_us + as_of_us) // 2 // _SECOND_US * _SECOND_US
-    return Times(previous_us, as_of_us, until_us)
 
 
 class Demo:
@@ -419,7 +294,7 @@ class Demo:
         """Times a step; it calls what it is given with what the step did and means."""
         self.step, self._commands, self._log = title, [], None
         meanings: list[str] = []
-        print(f"\n{_bold(f'{len(self.steps) + 1}. {title}')}", flush=True)
+        print(f"\n{bold(f'{len(self.steps) + 1}. {title}')}", flush=True)
         started = time.monotonic()
         yield meanings.append
         step = Step(
@@ -447,17 +322,6 @@ class Demo:
         return show_command(command, self._programs)
 
 
-def show_command(command: Sequence[str], programs: Path) -> str:
-    """A command as it can be typed here."""
-    return shlex.join([shown_path(programs / command[0]), *command[1:]])
-
-
-def shown_path(path: Path) -> str:
-    """Relative to the current folder where it lies below."""
-    path = path.absolute()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 def prepare(settings: Settings) -> None:
     """An empty work folder. Raises ConfigError rather than remove what an earlier demo did not make."""
     work = settings.work
@@ -468,213 +332,6 @@ def prepare(settings: Settings) -> None:
     work.mkdir(parents=True)
     (work / MARKER).touch()
     (work / "tmp").mkdir()
-
-
-def describe_data(settings: Settings, inputs: Inputs, events: pa.Table, rejects: pa.Table) -> Data:
-    """What went in."""
-    description = inputs.description
-    users = pc.count_distinct(events["user_id"]).as_py()
-    taken = pc.count_distinct(events["item_id"]).as_py()
-    if events.num_rows == 0:
-        raise ConfigError(f"no usable event in {inputs.events}: {reject_counts(rejects) or 'it is empty'}")
-    ends = pc.min_max(events["timestamp_us"]).as_py()
-    days = (ends["max"] - ends["min"]) / _DAY_US
-    catalogue = read_items(str(inputs.items), description).num_rows
-    kinds = pc.value_counts(events["event_type"]).to_pylist()
-    types = ", ".join(
-        f"{kind['values']} ({description.event_types[kind['values']]}): {kind['counts']:,}"
-        for kind in sorted(kinds, key=lambda kind: -int(kind["counts"]))
-    )
-    if settings.events is None:
-        source = "generated"
-    elif settings.dataset is not None:
-        source = f"given: {settings.dataset}"
-    elif (beside := beside_file(inputs.events)) is not None:
-        source = f"found: {beside}"
-    elif description.name in shipped_descriptions() and description == load_description(description.name):
-        source = f"shipped: {description.name}, after the folder's name"
-    else:
-        source = "none found, so inferred from the log: see below, correct it and give it as DATASET=..."
-    made = "Made-up" if settings.events is None else "Your"
-    return Data(
-        summary=f"{made} data: {events.num_rows:,} events of {users:,} users on {taken:,} items in {days:.1f} days.",
-        facts=[
-            ("Events", f"{shown_path(inputs.events)}, {len(list_files(str(inputs.events))):,} files"),
-            ("Description", source),
-            ("From", show_time(ends["min"])),
-            ("To", show_time(ends["max"])),
-            ("Event types", types),
-            ("Catalogue", f"{catalogue:,} items in {shown_path(inputs.items)}"),
-            ("Read by the encoder", ", ".join(["item", "event type", "time gaps", *description.event_columns])),
-            (
-                "Read by the head",
-                ", ".join(["state", "session", "subject items", "hour", "weekday", *description.head_columns]),
-            ),
-            ("Test", ", ".join(f"{name} {value}" for name, value in description.evaluation.to_dict().items())),
-        ],
-        description=yaml.safe_dump(description.to_dict(), sort_keys=False),
-        events=events.num_rows,
-        set_aside=reject_counts(rejects),
-    )
-
-
-def beside_file(events: Path) -> Path | None:
-    """The dataset.yaml that goes with an event log."""
-    folders = [events, events.parent] if events.is_dir() else [events.parent]
-    return next((folder / "dataset.yaml" for folder in folders if (folder / "dataset.yaml").is_file()), None)
-
-
-def encode_meaning(run: RunManifest) -> str:
-    """What a daily run did."""
-    counts = run.counts
-    if run.previous_run is None:
-        what = f"First run: encoded all {counts['encoded']:,} users seen so far"
-    else:
-        what = f"Encoded the {counts['encoded']:,} users with new events, skipped {counts['skipped']:,} idle ones"
-    return f"{what}; states as of {show_time(run.as_of_us)} are in Parquet and in Redis."
-
-
-def _recall(quality: Mapping[str, Any], arm: str, part: str = "all", k: int = 20) -> float:
-    k = k if k in quality["k"] else quality["k"][-1]
-    return float(quality["arms"][arm][part][f"recall@{k}"]["value"])
-
-
-def quality_meaning(quality: Mapping[str, Any]) -> str:
-    """The result in a sentence."""
-    best = max(("recent_popularity", "popularity"), key=lambda arm: _recall(quality, arm))
-    name = f"what was popular in the last {span(quality)}" if best == "recent_popularity" else "what is popular overall"
-    return (
-        f"The item taken next is in the top 20 for {percent(_recall(quality, 'context'))} of "
-        f"{quality['test_events']:,} test events; state only {percent(_recall(quality, 'no_context'))}, {name} "
-        f"{percent(_recall(quality, best))}."
-    )
-
-
-def headlines(quality: Mapping[str, Any], answers: Answers, latency: Latency, freshness: Freshness) -> list[Headline]:
-    """The numbers at the top."""
-    best = max(_recall(quality, "recent_popularity"), _recall(quality, "popularity"))
-    return [
-        Headline(
-            value=f"{_recall(quality, 'context'):.3f}",
-            meaning=f"Recall@20 with context; popularity at best {best:.3f}, "
-            f"the state alone {_recall(quality, 'no_context'):.3f}",
-        ),
-        Headline(value=milliseconds(latency.single_ms, 0.5), meaning="median time of one request, from the client"),
-        Headline(value=milliseconds(latency.single_ms, 0.99), meaning="99% of single requests are faster than this"),
-        Headline(value=percent(answers.exact_share), meaning="of users answered from a current state"),
-        Headline(
-            value=percent(freshness.encoded / max(1, freshness.users)),
-            meaning="of users had new events on the second day; only they were encoded",
-        ),
-    ]
-
-
-def examples_note(rates: tuple[int, float, float] | None, by_time: bool) -> str:
-    """What the examples are."""
-    if rates is None:
-        told = "Three users drawn at random. The log ends where the states do, so the context says which item the user "
-        return told + "looks at (the last one), the time, and what is known of the user."
-    count, without, with_context = rates
-    return (
-        "Three users drawn at random among those with something earlier in the session. Over "
-        f"{count:,} requests answered by the service from stored states, the item taken next was in the top 20 for "
-        f"{percent(without)} with the state only and for {percent(with_context)} with the context."
-    )
-
-
-def version_facts(manifest: Manifest, epoch: int, runs: Sequence[RunManifest]) -> list[tuple[str, str]]:
-    """The names of everything that was made."""
-    return [
-        ("release_id", manifest.release_id),
-        ("state_version", manifest.state_version),
-        ("embedding_version", manifest.embedding_version),
-        ("epoch", str(epoch)),
-        *((f"run {i}", f"{run.run_id} (as of {show_time(run.as_of_us)})") for i, run in enumerate(runs, 1)),
-        ("trained until", show_time(manifest.trained_until_us)),
-        ("state", f"{manifest.config.d_model} x {manifest.compute_dtype}, stored as {manifest.storage_codec}"),
-    ]
-
-
-def capped_texts(
-    settings: Settings, summary: Mapping[str, Any], quality: Mapping[str, Any], answers: Answers
-) -> list[str]:
-    """What was left out for time, and how to lift it."""
-    capped = [f"Training: {text}." for text in summary["capped"]]
-    history, wanted = len(summary["history"]), summary["settings"]["epochs"]
-    spent = summary["train_seconds"] / 60
-    if history < wanted and spent > 0.8 * settings.training_minutes:
-        capped.append(
-            f"Training stopped at its limit of {settings.training_minutes:g} minutes, in epoch {history} of at most "
-            f"{wanted}. Lift it with DEMO_FLAGS='--minutes 30', or use tower-train without --max-minutes."
-        )
-    if quality["sampled"]:
-        capped.append(
-            f"Evaluation: {quality['test_events']:,} of {quality['test_events_total']:,} test events, drawn at random. "
-            "All of them: tower-evaluate quality without --max-test-events."
-        )
-    if answers.asked < answers.users:
-        capped.append(f"Coverage: asked for {answers.asked:,} of {answers.users:,} users, drawn at random.")
-    if settings.quick:
-        capped.append("Everything is small because of --quick; leave it out for the demo proper.")
-    return capped
-
-
-def next_steps(settings: Settings, inputs: Inputs, manifest: Manifest, programs: Path) -> list[tuple[str, str]]:
-    """Commands to try next."""
-
-    def show(*command: str) -> str:
-        return show_command(command, programs)
-
-    where = ["--registry", str(settings.work / "registry")]
-    states = ["--states", str(settings.work / "states")]
-    folder = str((settings.work / "redis").absolute())
-    files = ["--events", str(inputs.events), "--items", str(inputs.items)]
-    files += [] if inputs.users is None else ["--users", str(inputs.users)]
-    steps = [
-        (
-            "The private Redis has stopped; its data are still there. Start it again in another terminal:",
-            show(
-                "python",
-                "-c",
-                "from deploy.redis_server import start_redis; "
-                f"redis = start_redis({folder!r}, 6399, persist=True); input('Enter stops it'); redis.stop()",
-            ),
-        ),
-        ("Serve:", show("tower-serve", *where, "--redis-url", "redis://127.0.0.1:6399/0")),
-        (
-            "The daily job, once more with the rest of the log (only users with new events are encoded):",
-            show("tower-encode", "--events", str(inputs.events), *where, *states)
-            + " --redis-url redis://127.0.0.1:6399/0",
-        ),
-        (
-            "A new head on the same states, so that nothing needs encoding:",
-            show("tower-train", *files, "--dataset", inputs.dataset, *where, "--head-only-from", manifest.release_id),
-        ),
-        ("What serves, and what may serve next:", show("tower-release", "status", *where, *states)),
-        ("Other quality figures:", show("tower-evaluate", "quality", *where, *files, "--k", "5", "10", "100")),
-    ]
-    if settings.events is None:
-        steps.append(("Your own data:", "make demo EVENTS=log.parquet ITEMS=items.parquet [USERS=users.parquet]"))
-    return steps
-
-
-def print_summary(steps: Sequence[Step], total_s: float, capped: Sequence[str], path: Path) -> None:
-    """The closing table."""
-    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
-    margin = max(len(step.title) for step in steps)
-    print(f"\n{_bold('What was done')}")
-    for step in steps:
-        lines = textwrap.wrap(step.meaning, width - margin - 16, break_on_hyphens=False) or [""]
-        print(f"  {step.title:<{margin}}  {seconds(step.seconds):>12}  {lines[0]}")
-        for line in lines[1:]:
-            print(f"  {'':<{margin}}  {'':>12}  {line}")
-    for text in capped:
-        print(
-            textwrap.fill(
-                f"Capped: {text}", width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
-            )
-        )
-    print(f"\nDone in {seconds(total_s)}. Open {_bold(shown_path(path))}", flush=True)
 
 
 def record_seconds(total_s: float, settings: Settings) -> None:
@@ -694,10 +351,6 @@ def child_environment(environment: Mapping[str, str], programs: Path) -> dict[st
     path = os.pathsep.join([str(programs), environment.get("PATH") or os.defpath])
     fixed = {"PATH": path, "PYTHONUNBUFFERED": "1", "FEAST_USAGE": "False"}
     return {"OMP_WAIT_POLICY": "PASSIVE", **environment, **fixed}
-
-
-def _bold(text: str) -> str:
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
 
 
 def main(arguments: Sequence[str] | None = None, programs: Path = PROGRAMS) -> int:

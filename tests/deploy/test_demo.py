@@ -11,8 +11,9 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from deploy.demo import Settings, check_settings, child_environment, cut_times, main, parse_settings, prepare
+from deploy.demo import child_environment, main, prepare
 from deploy.queries import Cut, Request, hit_rates, pick_examples, requests_from, state_ages_hours, unknown_user
+from deploy.settings import Settings, check_settings, cut_times, parse_settings
 from model.dataset import Evaluation
 from model.errors import ConfigError
 from model.records import Context, Event
