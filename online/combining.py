@@ -34,7 +34,7 @@ class Combiner(Generic[Work, Result]):
         self._work = work
         self._lock = threading.Lock()
         self._is_busy = False
-        self._waiting: list[_Waiting[Work, Result]] = []
+        self.waiting: list[_Waiting[Work, Result]] = []
 
     def run(self, work: Work) -> Result:
         """The result of one piece of work, done together with what else waits."""
@@ -45,7 +45,7 @@ class Combiner(Generic[Work, Result]):
                 self._is_busy = True
                 mine.batch = [mine]
             else:
-                self._waiting.append(mine)
+                self.waiting.append(mine)
         if not is_first:
             mine.gate.acquire()
         if mine.batch is not None:
@@ -64,7 +64,7 @@ class Combiner(Generic[Work, Result]):
                 waiting.error = error
         finally:
             with self._lock:
-                following, self._waiting = self._waiting, []
+                following, self.waiting = self.waiting, []
                 self._is_busy = bool(following)
             if following:  # they begin while we write our reply
                 following[0].batch = following

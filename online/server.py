@@ -69,8 +69,8 @@ class Server:
         self._pools = [self.pool, side_pool, reflection_pool]
         self._server = grpc.server(self.pool, options=[("grpc.so_reuseport", int(reuse_port))])
         current: Callable[[], ResidentSet | None] = lambda: self.follower.current  # noqa: E731
-        tower = UserTower(settings, current, self.store, self.metrics, self.pool, side_pool, now_us=now_us)
-        self._server.add_generic_rpc_handlers((tower,))
+        self.tower = UserTower(settings, current, self.store, self.metrics, self.pool, side_pool, now_us=now_us)
+        self._server.add_generic_rpc_handlers((self.tower,))
         # Health and reflection stay out of the queue of requests: a busy server is not a dead one, and a reflection
         # stream that is left open must not hold a thread that embeds.
         health_pb2_grpc.add_HealthServicer_to_server(

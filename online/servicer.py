@@ -100,7 +100,7 @@ class UserTower(grpc.GenericRpcHandler):  # type: ignore[misc]
         pool: the server's pool, watched for its bound. side_pool: refuses requests while that one is full.
         """
         self._pool = pool
-        self._combiner: Combiner[tuple[Request, ResidentSet], Answered | Exception] = Combiner(self._process_pinned)
+        self.combiner: Combiner[tuple[Request, ResidentSet], Answered | Exception] = Combiner(self._process_pinned)
         self._settings = settings
         self._current = current
         self._store = store
@@ -130,7 +130,7 @@ class UserTower(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             residents = self._pin()
             request = self._read(message, residents, self._deadline(context))
-            result = self._combiner.run((request, residents))
+            result = self.combiner.run((request, residents))
             if isinstance(result, Exception):
                 raise result
             self._metrics.answered(result)

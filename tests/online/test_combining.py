@@ -25,7 +25,7 @@ def test_what_waits_is_the_next_batch() -> None:
         first = pool.submit(combiner.run, 0)
         assert entered.wait(10)
         others = [pool.submit(combiner.run, n) for n in range(1, 6)]
-        wait_until(lambda: len(combiner._waiting) == 5)
+        wait_until(lambda: len(combiner.waiting) == 5)
         go.set()
         assert first.result(10) == 0
         assert [other.result(10) for other in others] == [10, 20, 30, 40, 50]
@@ -66,7 +66,7 @@ def test_an_error_is_everybodys_and_the_next_batch_goes_on() -> None:
         first = pool.submit(combiner.run, 1)
         assert entered.wait(10)
         others = [pool.submit(combiner.run, n) for n in (2, 13)]
-        wait_until(lambda: len(combiner._waiting) == 2)
+        wait_until(lambda: len(combiner.waiting) == 2)
         go.set()
         assert first.result(10) == 1
         for other in others:

@@ -268,11 +268,13 @@ class SlowHead:
         return self.release.embed(*args)
 
 
-def slow_server(world: World, url: str, **settings: Any) -> tuple[Server, SlowHead, UserTowerClient]:
+def slow_server(
+    world: World, url: str, *, make: Any = SlowHead, **settings: Any
+) -> tuple[Server, SlowHead, UserTowerClient]:
     heads: list[SlowHead] = []
 
     def make_head(release: Any) -> SlowHead:
-        heads.append(SlowHead(release))
+        heads.append(make(release))
         return heads[-1]
 
     Registry(world.registry).commit(world.a.release_id)
@@ -283,14 +285,13 @@ def slow_server(world: World, url: str, **settings: Any) -> tuple[Server, SlowHe
 
 
 def test_the_queue_has_a_bound(world: World, redis_server: str) -> None:
-    """2 at work, 3 wait, the others are refused at once; health still answers."""
+    """2 taken in, 3 wait, the others are refused at once; health still answers."""
     server, head, client = slow_server(world, redis_server, threads=2, max_queue=3)
     user = fresh_users()
     try:
         with futures.ThreadPoolExecutor(8) as pool:
             admitted = [pool.submit(client.embed, user + n) for n in range(2)]
-            for _ in admitted:
-                assert head.entered.acquire(timeout=10)
+            assert head.entered.acquire(timeout=10)
             admitted += [pool.submit(client.embed, user + n) for n in range(2, 5)]
             wait_until(lambda: server.pool.is_full)
             started = time.monotonic()
@@ -363,6 +364,32 @@ def test_drain_has_a_bound(world: World, redis_server: str) -> None:
     finally:
         head.go.set()
         client.close()
+
+
+def test_one_request_that_breaks_the_head_does_not_cost_its_batch(world: World, redis_server: str) -> None:
+    class Picky(SlowHead):
+        def embed(self, states: Any, contexts: Any, until_us: Any) -> Any:
+            found = super().embed(states, contexts, until_us)
+            if any(context.timestamp_us == 13 for context in contexts):
+                raise RuntimeError("thirteen")
+            return found
+
+    server, head, client = slow_server(world, redis_server, make=Picky, deadline_ms=30_000.0)
+    user = fresh_users()
+    try:
+        with futures.ThreadPoolExecutor(4) as pool:
+            first = pool.submit(client.embed, user)
+            assert head.entered.acquire(timeout=10)
+            good = [pool.submit(client.embed, user + n) for n in range(2)]
+            bad = pool.submit(client.embed, user, Context(timestamp_us=13))
+            wait_until(lambda: len(server.tower.combiner.waiting) == 3)
+            head.go.set()
+            assert [f.result(30).answer for f in (first, *good)] == ["COLD_START"] * 3
+            assert status_of(lambda: bad.result(30)) is grpc.StatusCode.INTERNAL
+    finally:
+        head.go.set()
+        client.close()
+        server.stop()
 
 
 def test_an_error_of_ours_is_internal_and_tells_nothing(world: World, redis_server: str, caplog: Any) -> None:
