@@ -37,6 +37,7 @@ from deploy.findings import (
     next_steps,
     print_summary,
     quality_meaning,
+    set_aside,
     version_facts,
 )
 from deploy.processes import CommandFailed, Processes, Stopped
@@ -201,7 +202,7 @@ class Demo:
                 "head joins it with what is true at request time.",
                 headlines=headlines(quality, answers, latency, freshness),
                 steps=self.steps,
-                data=data,
+                data=set_aside(data, (first, second)),
                 versions=version_facts(manifest, pointer.epoch, (first, second)),
                 quality=quality,
                 answers=answers,

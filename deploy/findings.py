@@ -4,6 +4,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,20 @@ def encode_meaning(run: RunManifest) -> str:
         what = f"First run: encoded all {counts['encoded']:,} users seen so far"
     else:
         what = f"Encoded the {counts['encoded']:,} users with new events, skipped {counts['skipped']:,} idle ones"
-    return f"{what}; states as of {show_time(run.as_of_us)} are in Parquet and in Redis."
+    later = counts.get("dead.future_timestamp", 0)
+    waiting = f" The {later:,} events after that are left for later runs." if later else ""
+    return f"{what}; states as of {show_time(run.as_of_us)} are in Parquet and in Redis.{waiting}"
+
+
+def set_aside(data: Data, runs: Sequence[RunManifest]) -> Data:
+    """The data with what the runs set aside beyond what the reader does: users that cannot be encoded."""
+    reasons = dict(data.set_aside)
+    for run in runs:
+        for reason in ("poison", "non_finite_state"):
+            count = run.counts.get(f"dead.{reason}", 0)
+            if count:
+                reasons[reason] = max(count, reasons.get(reason, 0))
+    return replace(data, set_aside=reasons)
 
 
 def _recall(quality: Mapping[str, Any], arm: str, part: str = "all", k: int = 20) -> float:
