@@ -319,6 +319,7 @@ def main() -> None:
         for who, concurrency in found
     }
     shapes = "state 256, head 512 -> 512 -> 256, 2 session events, 1 subject item, 2 context columns"
+    shapes += f"; load average {os.getloadavg()[1]:.1f} on {os.cpu_count()} cores"
     libraries = versions("grpcio", "hiredis", "redis", "numpy", "torch", "uvloop", "protobuf")
     entries = [
         {
@@ -351,7 +352,8 @@ def main() -> None:
             "unit": "s from the start of tower-serve to its ready line, files warm",
             "target": 4.0,
             "versions": libraries,
-            "note": f"median of {options.ready}; {spread(ready_s)}; golden inputs replayed, serving head compared",
+            "note": f"median of {options.ready}; {spread(ready_s)}; golden inputs replayed, serving head compared; "
+            f"load average {os.getloadavg()[1]:.1f} on {os.cpu_count()} cores",
         },
     ]
     for entry in entries:
