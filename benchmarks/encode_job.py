@@ -209,7 +209,8 @@ def compare(root: Path, repeats: int, shards: int) -> list[dict[str, Any]]:
     ratios = [a / b for a, b in zip(seconds["job"], seconds["loop"], strict=True)]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     note = (
-        f"{users:,} users, FnApiRunner, {shards} shards, d{TowerConfig().d_model} L{TowerConfig().num_layers}; medians "
+        f"{users:,} users, FnApiRunner, {shards} shards, {torch.get_num_threads()} torch thread, "
+        f"d{TowerConfig().d_model} L{TowerConfig().num_layers}; medians "
         f"of {repeats}, job {min(seconds['job']):.1f} to {max(seconds['job']):.1f} s, loop "
         f"{min(seconds['loop']):.1f} to {max(seconds['loop']):.1f} s"
     )
@@ -311,10 +312,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--users", type=int, default=20_000, help="users of the log (default: 20000)")
-    parser.add_argument("--events", type=int, default=390_000, help="events of the log (default: 390000)")
+    parser.add_argument("--users", type=int, default=40_000, help="users of the log (default: 40000)")
+    parser.add_argument("--events", type=int, default=780_000, help="events of the log (default: 780000)")
     parser.add_argument("--items", type=int, default=20_000, help="items of the catalogue (default: 20000)")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats (default: 3)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="processor threads of torch; with more, other processes on the machine disturb the ratio (default: 1)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to measure the GPU instead (default: cpu)")
     parser.add_argument("--no-redis", action="store_true", help="accepted for clarity: the benchmark never publishes")
     parser.add_argument("--rss-events", type=int, default=1_000_000, help="events of the memory test; 0: no such test")
@@ -322,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--child", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     logging.getLogger().setLevel(logging.ERROR)
+    torch.set_num_threads(args.threads)
     if args.child:
         run_job(Path(args.child), Path(args.child) / "states", "cpu", max(1, args.users // USERS_PER_SHARD))
         print(json.dumps({"peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
