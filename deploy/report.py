@@ -315,6 +315,7 @@ def _quality(quality: Mapping[str, Any]) -> Markup:
         rows.append([label, _interval(found), _interval(rank)])
     parts: list[Content] = [
         tag("p", intro),
+        _verdict(quality, recall),
         tag("h3", f"Recall@{k}: how often the item taken next is among the first {k}"),
         bars(chart),
         table(["", f"Recall@{k}", f"NDCG@{k}"], rows, numbers=[1, 2]),
@@ -330,6 +331,27 @@ def _quality(quality: Mapping[str, Any]) -> Markup:
     heads = ["", "Test events", "State and context", "State only", "Popular lately", "Popular overall"]
     parts.append(table(heads, slices, numbers=[1, 2, 3, 4, 5]))
     return _section("Quality", *parts)
+
+
+def _verdict(quality: Mapping[str, Any], metric: str) -> Markup | None:
+    """Said plainly where a baseline wins."""
+    arms = quality["arms"]
+    tower, lately, overall = (
+        _estimate(arms, arm, "all", metric) for arm in ("context", "recent_popularity", "popularity")
+    )
+    if tower is None or lately is None or overall is None:
+        return None
+    if tower["value"] >= max(lately["value"], overall["value"]):
+        return None
+    better = (
+        f"what was popular in the last {span(quality)}" if lately["value"] > overall["value"] else "overall popularity"
+    )
+    unseen = quality["slices"].get("item_unseen", {}).get("events", 0) / max(1, quality["test_events"])
+    return tag(
+        "p",
+        f"On this data {better} does better than the tower as trained here. {percent(unseen)} of the test events are "
+        "on items that the training has not seen. See below what was capped, and the table by part.",
+    )
 
 
 def _interval(estimate: Mapping[str, float]) -> str:

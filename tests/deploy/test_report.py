@@ -143,6 +143,14 @@ def test_the_page_says_what_was_measured() -> None:
     assert "1 min 01 s" in text
 
 
+def test_a_baseline_that_wins_is_named() -> None:
+    report = make_report()
+    assert "does better than the tower" not in Page(render(report)).text
+    arms = report.quality["arms"]
+    arms["recent_popularity"], arms["context"] = arms["context"], arms["recent_popularity"]
+    assert "what was popular in the last 3 hours does better than the tower" in Page(render(report)).text
+
+
 def test_nothing_measured_is_said_and_does_not_fail() -> None:
     text = Page(render(make_report(times_ms=[]))).text
     assert "not measured" in text
