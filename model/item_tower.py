@@ -179,8 +179,9 @@ class ItemTower(nn.Module):
         self.embedder = embedder
         self.projection = nn.Linear(config.d_model, config.embedding_dim)
         if config.d_model == config.embedding_dim:
-            nn.init.eye_(self.projection.weight)
-            nn.init.zeros_(self.projection.bias)
+            with torch.no_grad():
+                self.projection.weight.zero_().fill_diagonal_(1.0)
+                self.projection.bias.zero_()
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
         """index: i64 [...], in [0, I). Returns f32 [..., E], L2-normalised."""

@@ -33,6 +33,7 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from model.config import TowerConfig
 from model.context_head import ContextHead
@@ -273,6 +274,19 @@ class Release:
         return GoldenReport(GOLDEN_TOLERANCE[self.manifest.compute_dtype], differences)
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Modules built under it do not fill their weights. On the meta device that filling would import the compiler,
+    seconds of every start."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 Part = TypeVar("Part", bound=nn.Module)
 
 
@@ -329,7 +343,7 @@ class Registry:
         item_ids = pq.read_table(io.BytesIO(data["catalogue.parquet"]), columns=["item_id"])["item_id"]
         featuriser = Featuriser(manifest.description, vocabularies, item_ids.combine_chunks(), manifest.config)
         built: dict[str, nn.Module | None] = dict.fromkeys(ALL_PARTS)
-        with torch.device("meta"):  # weights are assigned, not initialised
+        with _Uninitialised(), torch.device("meta"):  # weights are assigned below
             if "encoder" in parts:
                 built["encoder"] = build_encoder(featuriser, ItemEmbedder(manifest.config, manifest.shape))
             if "head" in parts:
