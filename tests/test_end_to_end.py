@@ -16,6 +16,7 @@ import pytest
 import redis
 import torch
 
+from deploy.redis_server import start_redis
 from feature_repo.environment import feast_environment
 from feature_repo.layout import fence_field, redis_key, view_name
 from model.generator import GeneratorSettings, generate
@@ -26,11 +27,14 @@ from tests.deployment import CONFIG, ML_1M, Deployment, contexts_of, deploy, lar
 
 
 @pytest.fixture(scope="module")
-def generated(tmp_path_factory: pytest.TempPathFactory, redis_server: str) -> Iterator[Deployment]:
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("generated")
     generate(GeneratorSettings(users=300, items=200, days=5, events=12_000, seed=3), folder / "data")
     description_path = str(folder / "data/dataset.yaml")
-    with deploy(folder, folder / "data", redis_server, description_path=description_path) as deployment:
+    with (
+        start_redis(folder / "redis") as server,  # of its own: whole hashes are compared
+        deploy(folder, folder / "data", server.url, description_path=description_path) as deployment,
+    ):
         yield deployment
 
 
