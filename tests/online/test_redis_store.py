@@ -69,11 +69,11 @@ def test_silence_ends_at_the_time_out() -> None:
             started = time.monotonic()
             with pytest.raises(StoreUnavailable, match="within 50 ms"):
                 store.fetch([b"k"], [b"f"], 0.05)
-            assert 0.04 < time.monotonic() - started < 1.0
+            assert 0.04 < time.monotonic() - started < 10  # the bound is generous: it tells a hang, not a speed
         started = time.monotonic()
         with pytest.raises(StoreUnavailable, match="not asked"):
             store.fetch([b"k"], [b"f"], 5.0)
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 4  # less than the time-out: Redis was not asked
     assert kinds == ["timeout", "timeout", "refused"]
 
 
