@@ -472,7 +472,10 @@ class Registry:
         if self._is_local:
             for name in (*data, "manifest.json"):
                 _sync(f"{staging}/{name}")
-            os.rename(staging, final)
+            try:
+                os.rename(staging, final)
+            except OSError as error:
+                raise CheckpointError(f"release {manifest.release_id} is already in {self.uri}: {error}") from error
 
     def pointer(self) -> Pointer:
         """The serving pointer; epoch 0 where nothing was ever committed. Raises CheckpointError where it is torn."""
