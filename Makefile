@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Idle OpenMP threads sleep instead of spinning: on a machine with other work it is ten times faster.
+# Idle OpenMP threads sleep instead of spinning: on a machine with other work they cost more than they save.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test check proto clean
