@@ -1,15 +1,18 @@
 """Releases: immutable directories of weights with content fingerprints, golden inputs, and the registry's pointer.
 
-    <registry>/SERVING                  the epoch pointer: which release serves, which served before
+    <registry>/SERVING                  the epoch pointer: which release serves, which may next, which served before
+    <registry>/epochs/<epoch>.json      every pointer there was: who moved it, when and how
     <registry>/TOKENS                   the last fencing token issued to a batch run
     <registry>/releases/<release_id>/   manifest.json, *.safetensors, catalogue.parquet, vocabularies.json,
                                         golden.parquet
+    <registry>/items/, leases/          item snapshots and servers' leases: model.item_index, model.leases
 
 `state_version` names all that determines a user state, `embedding_version` all that determines the space in which
 users and items meet. Both are SHA-256 over content, computed here and never set by hand.
 """
 
 import contextlib
+import getpass
 import hashlib
 import importlib.metadata
 import io
@@ -18,6 +21,8 @@ import logging
 import os
 import platform
 import re
+import secrets
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -152,6 +157,19 @@ class Pointer:
 
 
 @dataclass(frozen=True, slots=True)
+class PointerChange:
+    """One move of the pointer, for people and for the rollback window's length."""
+
+    pointer: Pointer
+    action: str
+    """prepare, abandon, commit, rollback or close-window."""
+    at_us: int
+    """By the clock of who moved it; epochs order the moves, clocks do not."""
+    by: str
+    """user@host."""
+
+
+@dataclass(frozen=True, slots=True)
 class GoldenReport:
     """Largest |difference| between golden outputs computed here and the stored ones, by part."""
 
@@ -166,6 +184,29 @@ class GoldenReport:
     def __str__(self) -> str:
         parts = ", ".join(f"{part} {difference:.2g}" for part, difference in self.differences.items())
         return f"golden outputs differ by at most {parts} (tolerance {self.tolerance:g})"
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenUsers:
+    """The users of a release's golden inputs, and what the release made of them when it was written."""
+
+    table: pa.Table
+    """Their events, as Featuriser.events takes them."""
+    offsets: NDArray[np.int64]
+    """i64 [U + 1]."""
+    contexts: list[Context]
+    history_until_us: list[int | None]
+    """None: answered from the cold-start state."""
+    state_UD: NDArray[np.float32]
+    embedding_UE: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenItems:
+    """Some rows of a release's item table, as they were when it was written."""
+
+    row_G: NDArray[np.int64]
+    embedding_GE: NDArray[np.float32]
 
 
 class Release:
@@ -253,24 +294,39 @@ class Release:
         embedding: NDArray[np.float32] = self.head(state_BD, context, self.item_table).cpu().numpy()
         return embedding
 
+    def golden_users(self) -> GoldenUsers:
+        """The golden inputs' users with the stored outputs."""
+        users, _ = _split_golden(self._golden)
+        table, offsets = _golden_histories(users, self.featuriser)
+        return GoldenUsers(
+            table,
+            offsets,
+            [context_from_json(text) for text in users["context"].to_pylist()],
+            users["history_until_us"].to_pylist(),
+            _matrix(users["state"]),
+            _matrix(users["embedding"]),
+        )
+
+    def golden_items(self) -> GoldenItems:
+        """The golden rows of the item table."""
+        _, items = _split_golden(self._golden)
+        return GoldenItems(np.array(items["item_row"].to_pylist(), np.int64), _matrix(items["embedding"]))
+
     def verify(self) -> GoldenReport:
         """Replay the golden inputs through the loaded parts."""
-        users, items = _split_golden(self._golden)
+        users = self.golden_users()
         differences: dict[str, float] = {}
-        states = _matrix(users["state"])
         if self._encoder is not None:
-            table, offsets = _golden_histories(users, self.featuriser)
-            differences["states"] = _largest_difference(self.encode(table, offsets), states)
+            differences["states"] = _largest_difference(self.encode(users.table, users.offsets), users.state_UD)
         if self._head is not None and self._items is not None:
-            contexts = [context_from_json(text) for text in users["context"].to_pylist()]
-            until_us = users["history_until_us"].to_pylist()
-            states = np.where([[until is None] for until in until_us], self.cold_state[None], states)
-            embeddings = self.embed(states.astype(np.float32), contexts, until_us)
-            differences["embeddings"] = _largest_difference(embeddings, _matrix(users["embedding"]))
+            is_cold_U1 = [[until is None] for until in users.history_until_us]
+            states = np.where(is_cold_U1, self.cold_state[None], users.state_UD).astype(np.float32)
+            embeddings = self.embed(states, users.contexts, users.history_until_us)
+            differences["embeddings"] = _largest_difference(embeddings, users.embedding_UE)
         if self.item_table is not None:
-            rows = torch.tensor(items["item_row"].to_pylist(), device=self.device)
-            table_rows = self.item_table[rows].cpu().numpy()
-            differences["items"] = _largest_difference(table_rows, _matrix(items["embedding"]))
+            items = self.golden_items()
+            table_rows = self.item_table[torch.from_numpy(items.row_G).to(self.device)].cpu().numpy()
+            differences["items"] = _largest_difference(table_rows, items.embedding_GE)
         return GoldenReport(GOLDEN_TOLERANCE[self.manifest.compute_dtype], differences)
 
 
@@ -488,6 +544,40 @@ class Registry:
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{self.uri}/SERVING is not a pointer: {error}") from None
 
+    def history(self) -> list[PointerChange]:
+        """Every move of the pointer, oldest first."""
+        current = self.pointer().epoch
+        changes = []
+        for path in sorted(self._children("epochs")):
+            values = json.loads(self.fs.cat_file(path))
+            pointer = Pointer(**values["pointer"])
+            if pointer.epoch <= current:  # a mover killed before its put leaves a note of a move that never was
+                changes.append(PointerChange(pointer, values["action"], values["at_us"], values["by"]))
+        return changes
+
+    def prepare(self, release_id: str, *, expected_epoch: int | None = None) -> Pointer:
+        """Name the release that may serve next: servers load it, the daily job encodes for it.
+
+        Raises PointerConflict where the epoch is no longer `expected_epoch` or the release serves already,
+        CheckpointError for an unknown release.
+        """
+        self.manifest(release_id)
+        with self._lock():
+            now = self._expect(expected_epoch)
+            if now.serving == release_id:
+                raise PointerConflict(f"release {release_id} serves already (epoch {now.epoch})")
+            if now.prepared == release_id:
+                return now
+            return self._put(replace(now, epoch=now.epoch + 1, prepared=release_id), "prepare")
+
+    def abandon(self, *, expected_epoch: int | None = None) -> Pointer:
+        """Prepare nothing any more. Raises PointerConflict where the epoch is no longer `expected_epoch`."""
+        with self._lock():
+            now = self._expect(expected_epoch)
+            return (
+                now if now.prepared is None else self._put(replace(now, epoch=now.epoch + 1, prepared=None), "abandon")
+            )
+
     def commit(self, release_id: str, *, expected_epoch: int | None = None) -> Pointer:
         """Make a release serve. Committing the serving release again changes nothing.
 
@@ -499,7 +589,7 @@ class Registry:
             if now.serving == release_id:
                 return now
             prepared = None if now.prepared == release_id else now.prepared
-            return self._put(Pointer(now.epoch + 1, release_id, prepared, now.serving))
+            return self._put(Pointer(now.epoch + 1, release_id, prepared, now.serving), "commit")
 
     def rollback(self, *, expected_epoch: int | None = None) -> Pointer:
         """Serve the previous release again; the one that served becomes the previous.
@@ -511,14 +601,26 @@ class Registry:
             if now.previous is None:
                 raise PointerConflict(f"nothing to roll back to: no release served before {now.serving or 'the first'}")
             self.manifest(now.previous)
-            return self._put(Pointer(now.epoch + 1, now.previous, now.prepared, now.serving))
+            prepared = None if now.prepared == now.previous else now.prepared
+            return self._put(Pointer(now.epoch + 1, now.previous, prepared, now.serving), "rollback")
+
+    def close_window(self, *, expected_epoch: int | None = None) -> Pointer:
+        """End the rollback window: servers drop the previous release, the daily job stops encoding for it.
+
+        Raises PointerConflict where the epoch is no longer `expected_epoch`.
+        """
+        with self._lock():
+            now = self._expect(expected_epoch)
+            if now.previous is None:
+                return now
+            return self._put(replace(now, epoch=now.epoch + 1, previous=None), "close-window")
 
     def next_token(self) -> int:
         """A fencing token higher than every one issued before; a batch run writes rows under it."""
         with self._lock():
             path = f"{self.root}/TOKENS"
             token = int(self.fs.cat_file(path)) + 1 if self.fs.exists(path) else 1
-            self._replace("TOKENS", str(token).encode())
+            self.put("TOKENS", str(token).encode())
             return token
 
     def _expect(self, epoch: int | None) -> Pointer:
@@ -527,18 +629,51 @@ class Registry:
             raise PointerConflict(f"the pointer is at epoch {now.epoch}, not {epoch}: somebody moved it; look again")
         return now
 
-    def _put(self, pointer: Pointer) -> Pointer:
-        self._replace("SERVING", json.dumps(asdict(pointer)).encode())
+    def _put(self, pointer: Pointer, action: str) -> Pointer:
+        note = {"pointer": asdict(pointer), "action": action, "at_us": time.time_ns() // 1000, "by": _operator()}
+        self.put(f"epochs/{pointer.epoch:010d}.json", json.dumps(note).encode())
+        self.put("SERVING", json.dumps(asdict(pointer)).encode())
         return pointer
 
-    def _replace(self, name: str, content: bytes) -> None:
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file below the registry whole or not at all, over one that stands there."""
         path = f"{self.root}/{name}"
-        temporary = f"{path}.{os.getpid()}.new"
+        if not self._is_local:
+            self.fs.pipe_file(path, content)  # object stores show an object only when it is complete
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{os.path.dirname(path)}/.{os.path.basename(path)}.{secrets.token_hex(4)}"
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+    def get(self, name: str) -> bytes | None:
+        """A file below the registry; None where there is none."""
+        try:
+            content: bytes = self.fs.cat_file(f"{self.root}/{name}")
+        except FileNotFoundError:
+            return None
+        return content
+
+    def remove(self, name: str) -> None:
+        """Remove a file below the registry, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self.root}/{name}")
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files and folders in a folder below the registry, sorted; none where it does not exist."""
+        return sorted(path.rsplit("/", 1)[-1] for path in self._children(folder))
+
+    def _children(self, folder: str) -> list[str]:
+        path = f"{self.root}/{folder}"
+        self.fs.invalidate_cache(path)
+        try:
+            found = [entry.rstrip("/") for entry in self.fs.ls(path, detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [entry for entry in found if not entry.rsplit("/", 1)[-1].startswith(".")]
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -554,6 +689,14 @@ class Registry:
         with open(f"{self.root}/.lock", "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _operator() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no name for this user id, as in many containers
+        user = str(os.getuid())
+    return f"{user}@{platform.node()}"
 
 
 def library_versions() -> dict[str, str]:
