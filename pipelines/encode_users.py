@@ -6,7 +6,6 @@ The graph is Create, ParDo and GroupByKey with one leaf, elements are (int, byte
 import hashlib
 import logging
 import os
-import secrets
 import sys
 import threading
 import time
@@ -66,32 +65,58 @@ def run_job(settings: EncodeSettings) -> list[RunManifest]:
         as_of_us = -(-event_log.log_end_us(settings.events, description) // SECOND_US) * SECOND_US
     if as_of_us > time.time_ns() // 1000 + CLOCK_TOLERANCE_US:
         raise ConfigError(f"the as-of time {iso(as_of_us)} lies in the future; give the true one with --as-of")
+    if settings.redis_url is not None:
+        _check_redis_clock(settings.redis_url, as_of_us)
     inputs = describe_inputs(settings.events)
     token = registry.next_token() if settings.redis_url else 0
     done = []
+    failed: list[Exception] = []
     for release in releases:
-        event_log.check_log(settings.events, release.description)
-        plan = plan_run(settings, release, as_of_us, inputs, token)
-        if settings.republish:
-            plan.store.forget_published()
-        started = time.monotonic()
         try:
-            if plan.run_id not in plan.store.run_ids():
-                run_graph(plan, event_log.row_groups(settings.events), settings.beam_args)
-            elif plan.redis_url is not None:
-                publish_runs(plan)
-        except Exception:
-            there = plan.run_id in plan.store.run_ids()
-            print(
-                f"tower-encode: run {plan.run_id} of state version {release.state_version} "
-                + ("is committed but not fully published" if there else "is not committed, nothing of it is visible")
-                + "; the same command does what is left",
-                file=sys.stderr,
-            )
-            raise
-        done.append(plan.store.manifest(plan.run_id))
-        print(_summary(done[-1], plan, time.monotonic() - started), flush=True)
+            done.append(_run_release(settings, release, as_of_us, inputs, token))
+        except Exception as error:  # a release that fails must not keep the others' states from being current
+            failed.append(error)
+            if len(releases) > 1:
+                print(f"tower-encode: release {release.release_id} failed: {error}", file=sys.stderr)
+    if failed:
+        raise failed[0]
     return done
+
+
+def _run_release(
+    settings: EncodeSettings, release: Manifest, as_of_us: int, inputs: dict[str, Any], token: int
+) -> RunManifest:
+    """One release's run, encoded and published as far as that is still to be done."""
+    event_log.check_log(settings.events, release.description)
+    plan = plan_run(settings, release, as_of_us, inputs, token)
+    if settings.republish:
+        plan.store.forget_published()
+    started = time.monotonic()
+    try:
+        if plan.run_id not in plan.store.run_ids():
+            run_graph(plan, event_log.row_groups(settings.events), settings.beam_args)
+        elif plan.redis_url is not None:
+            publish_runs(plan)
+    except Exception:
+        there = plan.run_id in plan.store.run_ids()
+        print(
+            f"tower-encode: run {plan.run_id} of state version {release.state_version} "
+            + ("is committed but not fully published" if there else "is not committed, nothing of it is visible")
+            + "; the same command does what is left",
+            file=sys.stderr,
+        )
+        raise
+    manifest = plan.store.manifest(plan.run_id)
+    print(_summary(manifest, plan, time.monotonic() - started), flush=True)
+    return manifest
+
+
+def _check_redis_clock(redis_url: str, as_of_us: int) -> None:
+    """Before anything is encoded: our own clock may be the one that is wrong."""
+    from pipelines.transforms.publish import check_clock, connect
+
+    with connect(redis_url) as client:
+        check_clock(client, as_of_us)
 
 
 def releases_to_encode(registry: Registry, wanted: str) -> list[Manifest]:
@@ -161,7 +186,6 @@ def plan_run(settings: EncodeSettings, release: Manifest, as_of_us: int, inputs:
     return RunPlan(
         store=store,
         run_id=run_id,
-        attempt=secrets.token_hex(4),
         as_of_us=as_of_us,
         shards=settings.shards or (previous.shards if previous else DEFAULT_SHARDS),
         previous_run=carried.run_id if carried else None,
@@ -174,6 +198,7 @@ def plan_run(settings: EncodeSettings, release: Manifest, as_of_us: int, inputs:
         description=release.description,
         history_limit=release.config.history_limit,
         redis_url=settings.redis_url,
+        rows_per_s=settings.rows_per_s,
         token=token,
         fault=settings.fault,
     )

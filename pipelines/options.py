@@ -52,6 +52,8 @@ class EncodeSettings:
     """None: as many as the last run has, else DEFAULT_SHARDS."""
     redis_url: str | None
     """None: nothing is published."""
+    rows_per_s: float | None
+    """Most rows a second that go to Redis; None: no limit."""
     full: bool
     republish: bool
     device: str
@@ -105,6 +107,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("how")
     how.add_argument(
+        "--redis-rows-per-s",
+        type=float,
+        metavar="N",
+        dest="rows_per_s",
+        help="send no more rows a second to Redis, so that requests are not held up (default: no limit)",
+    )
+    how.add_argument(
         "--shards",
         type=int,
         metavar="P",
@@ -142,6 +151,8 @@ def parse_settings(argv: Sequence[str] | None, environment: Mapping[str, str]) -
         raise ConfigError("no Redis to send the states to: give --redis-url, set REDIS_URL, or say --no-redis")
     if args.shards is not None and not 1 <= args.shards <= MAX_SHARDS:
         raise ConfigError(f"--shards must be in 1 to {MAX_SHARDS}, got {args.shards}")
+    if args.rows_per_s is not None and not args.rows_per_s > 0:
+        raise ConfigError(f"--redis-rows-per-s must be above 0, got {args.rows_per_s}")
     if args.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens must be at least 1, got {args.batch_tokens}")
     return EncodeSettings(
@@ -152,6 +163,7 @@ def parse_settings(argv: Sequence[str] | None, environment: Mapping[str, str]) -
         as_of_us=None if args.as_of is None else parse_as_of_us(args.as_of),
         shards=args.shards,
         redis_url=redis_url,
+        rows_per_s=args.rows_per_s,
         full=args.full,
         republish=args.republish,
         device=args.device,

@@ -1,10 +1,12 @@
 """The states folder: which runs there are, what each holds, what one job is about to do.
 
-<states>/<state_version>/staging/<run_id>/<attempt>/   being written; never read by others
+<states>/<state_version>/staging/<run_id>/<plan>/      being written; a job that was killed is carried on from here
 <states>/<state_version>/runs/<run_id>/                appears whole; _MANIFEST.json says what is in it
 <states>/<state_version>/published/<run_id>.json       the run's rows are in Redis; remove it to have them sent again
+<states>/<state_version>/publishing/<run_id>.json      how far sending them has come
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +18,7 @@ import pyarrow as pa
 from model.dataset import DatasetDescription
 from model.errors import ConfigError, DataError
 from model.event_log import event_schema
+from model.release import library_versions
 from pipelines.faults import Fault
 from pipelines.io import Folder, json_bytes, read_parquet
 
@@ -55,6 +58,10 @@ def parse_as_of_us(text: str) -> int:
 def iso(time_us: int) -> str:
     """Microseconds since the epoch as 2017-10-15T03:00:00Z."""
     return (_EPOCH + timedelta(microseconds=time_us)).isoformat().replace("+00:00", "Z")
+
+
+CANARIES = "states/shard-canary.parquet"
+"""The reserved users' rows of a run (model.canary). Beside the states, so that stock Feast materializes them too."""
 
 
 def file_name(kind: str, shard: int) -> str:
@@ -117,9 +124,9 @@ class RunStore:
         """Where a committed run is."""
         return self.folder / "runs" / run_id
 
-    def staging(self, run_id: str, attempt: str) -> Folder:
-        """Where one attempt at a run writes."""
-        return self.folder / "staging" / run_id / attempt
+    def staging(self, run_id: str, plan: str) -> Folder:
+        """Where the jobs of one plan for a run write."""
+        return self.folder / "staging" / run_id / plan
 
     def run_ids(self) -> list[str]:
         """The committed runs, oldest first."""
@@ -142,10 +149,24 @@ class RunStore:
     def mark_published(self, run_id: str, counts: Mapping[str, int]) -> None:
         """Note that the run's rows are in Redis."""
         (self.folder / "published").write(f"{run_id}.json", json_bytes(dict(counts)))
+        (self.folder / "publishing").remove()
+
+    def note_progress(self, run_id: str, shards: int, counts: Mapping[str, int]) -> None:
+        """Note that the first `shards` shards of a run are in Redis."""
+        (self.folder / "publishing").write(f"{run_id}.json", json_bytes({"shards": shards, "counts": dict(counts)}))
+
+    def publish_progress(self, run_id: str) -> tuple[int, dict[str, int]]:
+        """What note_progress noted, (0, {}) when nothing."""
+        folder = self.folder / "publishing"
+        if not folder.exists(f"{run_id}.json"):
+            return 0, {}
+        noted = json.loads(folder.read(f"{run_id}.json"))
+        return int(noted["shards"]), dict(noted["counts"])
 
     def forget_published(self) -> None:
         """Make every run unpublished: for a Redis that lost its rows."""
         (self.folder / "published").remove()
+        (self.folder / "publishing").remove()
 
     def publish_counts(self, run_id: str) -> dict[str, int]:
         """What mark_published noted; empty when it did not."""
@@ -166,7 +187,6 @@ class RunPlan:
 
     store: RunStore
     run_id: str
-    attempt: str
     as_of_us: int
     shards: int
     previous_run: str | None
@@ -182,14 +202,29 @@ class RunPlan:
     history_limit: int
     redis_url: str | None
     """None: nothing is published."""
+    rows_per_s: float | None
+    """Most rows a second that go to Redis; None: as fast as it takes them."""
     token: int
     """Fencing token of the job: orders its rows against those of another job with the same as-of."""
     fault: Fault
 
     @property
     def staging(self) -> Folder:
-        """Where this attempt writes."""
-        return self.store.staging(self.run_id, self.attempt)
+        """Where this job writes: a folder for all that fixes the bytes, so that a job run again carries on.
+
+        Two jobs of one plan write the same bytes to the same names, each file by one rename.
+        """
+        fixed = {
+            "release": self.release_id,
+            "shards": self.shards,
+            "previous_run": self.previous_run,
+            "inputs": self.inputs["fingerprint"],
+            "device": self.device,
+            "batch_tokens": self.batch_tokens,
+            "history_limit": self.history_limit,
+            "libraries": library_versions(),
+        }
+        return self.store.staging(self.run_id, hashlib.sha256(json_bytes(fixed)).hexdigest()[:16])
 
     @property
     def chunk_schema(self) -> pa.Schema:

@@ -12,13 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
+from numpy.typing import NDArray
 
+from model.canary import encode_canaries
 from model.errors import CheckpointError, GoldenMismatch
 from model.event_log import REJECT_SCHEMA, concat_rejects, make_rejects
 from model.release import Registry, Release
 from pipelines import faults
 from pipelines.io import from_chunks, parquet_bytes
-from pipelines.runs import RunPlan, file_name
+from pipelines.runs import CANARIES, RunPlan, file_name
 from pipelines.transforms.batches import Encode, Encoded, encode_users
 from pipelines.transforms.merge_tail import Histories, empty_tail, merge_tail, to_tail, whole
 
@@ -58,17 +60,29 @@ def encode_shard(
 
 
 def _states(histories: Histories, encoded: Encoded, plan: RunPlan) -> pa.Table:
-    rows, width = encoded.state_AD.shape
     last = pa.array(histories.offsets[encoded.users + 1] - 1)
+    return _state_table(
+        histories.users.take(pa.array(encoded.users)),
+        encoded.state_AD,
+        histories.events["timestamp_us"].take(last),
+        plan,
+    )
+
+
+def _state_table(
+    user_ids: pa.Array, state_AD: NDArray[np.float32], until_us: pa.Array | pa.ChunkedArray, plan: RunPlan
+) -> pa.Table:
+    """Rows of a states file. user_ids: [A]. state_AD: f32 [A, D]. until_us: time of each user's last event."""
+    rows, width = state_AD.shape
     as_of = np.full(rows, plan.as_of_us)
     return pa.table(
         {
-            "user_id": histories.users.take(pa.array(encoded.users)),
+            "user_id": user_ids,
             "state": pa.ListArray.from_arrays(
-                pa.array(np.arange(rows + 1, dtype=np.int32) * np.int32(width)), pa.array(encoded.state_AD.reshape(-1))
+                pa.array(np.arange(rows + 1, dtype=np.int32) * np.int32(width)), pa.array(state_AD.reshape(-1))
             ),
             "state_version": pa.array([plan.store.state_version] * rows, pa.string()),
-            "history_until": histories.events["timestamp_us"].take(last),
+            "history_until": until_us,
             "encoded_at": pa.array(as_of),
             "event_timestamp": pa.array(as_of, pa.timestamp("us", "UTC")),
         }
@@ -102,7 +116,8 @@ class _Loaded:
 class EncodeShard(beam.DoFn):
     """Element: (shard, chunks of its events and rejects). Gives (0, the shard's counts and file hashes as JSON).
 
-    Writes states, tails and dead letters into staging, each by atomic rename; a retry writes the same bytes again.
+    Writes states, tails and dead letters into staging, each by atomic rename; a retry writes the same bytes again, and
+    a shard that an earlier job of the same plan finished is not encoded again. Shard 0 writes the canaries too.
     """
 
     def __init__(self, plan: RunPlan, shared: Shared) -> None:
@@ -118,6 +133,17 @@ class EncodeShard(beam.DoFn):
     def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
         shard, chunks = element
         plan, release = self._plan, self._loaded.release
+        report = finished_report(plan, shard)
+        if report is None:
+            report = self._encode(shard, chunks, release)
+        plan.fault.reach(faults.AFTER_STAGE_SHARD.format(shard))
+        for name, count in json.loads(report)["counts"].items():
+            Metrics.counter("tower_encode", name).inc(count)
+        yield 0, report
+
+    def _encode(self, shard: int, chunks: Iterable[bytes], release: Release) -> bytes:
+        """Write the shard's files, its report last."""
+        plan = self._plan
         by_kind: dict[bytes, list[bytes | memoryview]] = {EVENTS: [], REJECTS: [], SENTINEL: []}
         for chunk in chunks:
             by_kind[chunk[:1]].append(memoryview(chunk)[1:])
@@ -130,15 +156,39 @@ class EncodeShard(beam.DoFn):
         tables = encode_shard(events, rejects, tail, release.encode, width=release.config.d_model, plan=plan)
         if tables.counts.get("dead.poison"):
             _check_still_sound(release)
+        written = {file_name(kind, shard): getattr(tables, kind) for kind in ("states", "tails", "dead_letters")}
+        if shard == 0:
+            written[CANARIES] = _canary_rows(release, plan)
         files = {}
-        for kind in ("states", "tails", "dead_letters"):
-            name, data = file_name(kind, shard), parquet_bytes(getattr(tables, kind))
+        for name, table in written.items():
+            data = parquet_bytes(table)
             plan.staging.write(name, data)
             files[name] = hashlib.sha256(data).hexdigest()
-        plan.fault.reach(faults.AFTER_STAGE_SHARD.format(shard))
-        for name, count in tables.counts.items():
-            Metrics.counter("tower_encode", name).inc(count)
-        yield 0, json.dumps({"shard": shard, "counts": tables.counts, "files": files}).encode()
+        report = json.dumps({"shard": shard, "counts": tables.counts, "files": files}).encode()
+        plan.staging.write(_report_name(shard), report)
+        return report
+
+
+def _report_name(shard: int) -> str:
+    return f"reports/shard-{shard:05d}.json"
+
+
+def finished_report(plan: RunPlan, shard: int) -> bytes | None:
+    """The report of a shard that an earlier job of the same plan has finished; None where its files are not whole."""
+    if not plan.staging.exists(_report_name(shard)):
+        return None
+    report = plan.staging.read(_report_name(shard))
+    for name, digest in json.loads(report)["files"].items():
+        if not plan.staging.exists(name) or plan.staging.sha256(name) != digest:
+            return None
+    return report
+
+
+def _canary_rows(release: Release, plan: RunPlan) -> pa.Table:
+    """The reserved users' rows, encoded now."""
+    user_ids, state_UD, until_us = encode_canaries(release, plan.as_of_us)
+    ids = pa.array(user_ids, plan.description.user_id_arrow)
+    return _state_table(ids, state_UD, pa.array(until_us, pa.int64()), plan)
 
 
 def _load(plan: RunPlan) -> _Loaded:

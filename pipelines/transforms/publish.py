@@ -23,7 +23,7 @@ from redis.exceptions import BusyLoadingError, NoScriptError, ReadOnlyError, Red
 from redis.retry import Retry
 
 from feature_repo import layout
-from model.errors import DataError, StoreUnavailable
+from model.errors import ConfigError, DataError, StoreUnavailable
 
 BATCH_ROWS: Final = 1000
 """Rows a round trip."""
@@ -35,12 +35,19 @@ MAX_TOKEN: Final = 2**53 - 1
 """Lua counts in float64."""
 
 # KEYS: the users.  ARGV: 1 event time field, 2 its value, 3 fence field, 4 its value, 5 as-of seconds, 6 token,
-# 7 state field, 8 history_until field, 9 state_version field, 10 its value, 11 encoded_at field, 12 its value, then the
-# state and the history_until of each user.  Returns how many rows were written.
+# 7 state field, 8 history_until field, 9 state_version field, 10 its value, 11 encoded_at field, 12 its value, 13 the
+# seconds an as-of time may be ahead, then the state and the history_until of each user.
+# Returns how many rows were written; minus the seconds that the as-of time lies ahead of Redis's own clock where it
+# does: the writer's clock may be the one that is wrong, and a row from the future would block every later write.
 COMPARE_AND_SET: Final = """
 local ts_field, ts, fence_field, fence = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local as_of, token = tonumber(ARGV[5]), tonumber(ARGV[6])
 local call, byte = redis.call, string.byte
+
+local ahead = as_of - tonumber(call('TIME')[1])
+if ahead > tonumber(ARGV[13]) then
+  return -ahead
+end
 
 -- Number and end of the protobuf varint at `at`.
 local function varint(data, at)
@@ -98,7 +105,7 @@ local written = 0
 for i, key in ipairs(KEYS) do
   local old = call('HMGET', key, ts_field, fence_field)
   if may_write(old[1], old[2]) then
-    call('HSET', key, ARGV[7], ARGV[11 + 2 * i], ARGV[8], ARGV[12 + 2 * i], ARGV[9], ARGV[10], ARGV[11], ARGV[12],
+    call('HSET', key, ARGV[7], ARGV[12 + 2 * i], ARGV[8], ARGV[13 + 2 * i], ARGV[9], ARGV[10], ARGV[11], ARGV[12],
          ts_field, ts, fence_field, fence)
     written = written + 1
   end
@@ -106,6 +113,24 @@ end
 return written
 """
 SCRIPT_SHA: Final = hashlib.sha1(COMPARE_AND_SET.encode(), usedforsecurity=False).hexdigest()
+
+
+class Pace:
+    """Holds a writer down to so many rows a second, counted over all that share it."""
+
+    def __init__(self, rows_per_s: float) -> None:
+        """Raises ConfigError for a rate of 0 or below."""
+        if not rows_per_s > 0:
+            raise ConfigError(f"a rate must be above 0 rows/s, got {rows_per_s}")
+        self._rows_per_s = rows_per_s
+        self._free_at = 0.0
+
+    def wait_for(self, rows: int) -> None:
+        """Sleep until the rows sent before have taken their time, then count these."""
+        now = time.monotonic()
+        if self._free_at > now:
+            time.sleep(self._free_at - now)
+        self._free_at = max(self._free_at, now) + rows / self._rows_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +158,20 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3) -> redis.Redi
     )
 
 
+def check_clock(client: redis.Redis, as_of_us: int) -> None:
+    """Raises ConfigError where an as-of time is in the future by Redis's clock, StoreUnavailable without an answer."""
+    try:
+        answer: Any = client.time()
+    except RedisError as error:
+        raise StoreUnavailable(f"Redis did not tell its time: {type(error).__name__}: {error}") from error
+    ahead_s = as_of_us // 1_000_000 - int(answer[0])
+    if ahead_s > FUTURE_TOLERANCE_S:
+        raise ConfigError(
+            f"the as-of time lies {ahead_s:,} s in the future by Redis's clock (allowed: {FUTURE_TOLERANCE_S} s); "
+            "check this machine's clock and --as-of. Nothing was encoded"
+        )
+
+
 def publish_table(
     client_or_url: redis.Redis | str,
     table: pa.Table,
@@ -142,15 +181,18 @@ def publish_table(
     now_s: float | None = None,
     project: str = layout.PROJECT,
     batch_rows: int = BATCH_ROWS,
+    pace: Pace | None = None,
 ) -> PublishCounts:
     """Writes the rows of a states table that are not older than what stands in Redis.
 
     table: columns user_id (int64 or string), state (list<float32>[D]), state_version (string), history_until (int64
     us), encoded_at (int64 us), event_timestamp (timestamp, whole seconds).  state_version: what every row must carry.
-    token: the run's fencing token, 0 or more.  now_s: the clock in seconds; None reads it.
+    token: the run's fencing token, 0 or more.  now_s: the clock in seconds; None reads it.  pace: holds the rows a
+    second down; None sends as fast as Redis takes them.
     A repeated or interrupted publish may be repeated: equal (as-of, token) writes the same bytes again.
-    Raises DataError for a table that is not of this kind (nothing is written), StoreUnavailable where Redis does not
-    answer or refuses writes (earlier batches are written).
+    Raises DataError for a table that is not of this kind (nothing is written), ConfigError where the as-of time lies in
+    the future by Redis's clock (nothing of that time is written), StoreUnavailable where Redis does not answer or
+    refuses writes (earlier batches are written).
     """
     if not 0 <= token <= MAX_TOKEN:
         raise DataError(f"token must be in [0, 2**53), got {token}")
@@ -161,8 +203,8 @@ def publish_table(
         return counts
     if isinstance(client_or_url, str):
         with connect(client_or_url) as client:
-            return counts + _publish(client, rows, keep, state_version, token, project, batch_rows)
-    return counts + _publish(client_or_url, rows, keep, state_version, token, project, batch_rows)
+            return counts + _publish(client, rows, keep, state_version, token, project, batch_rows, pace)
+    return counts + _publish(client_or_url, rows, keep, state_version, token, project, batch_rows, pace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +293,7 @@ def _publish(
     token: int,
     project: str,
     batch_rows: int,
+    pace: Pace | None,
 ) -> PublishCounts:
     view = layout.view_name(state_version)
     state_field, version_field, until_field, encoded_field, timestamp_field = layout.row_fields(view)
@@ -262,6 +305,7 @@ def _publish(
             *(as_of_s, token, state_field, until_field),
             *(version_field, layout.encode_string(state_version)),
             *(encoded_field, layout.encode_int64(encoded_at_us)),
+            FUTURE_TOLERANCE_S,
         ]
         for start in range(0, len(group), batch_rows):
             batch = group[start : start + batch_rows]
@@ -272,6 +316,8 @@ def _publish(
             values: list[bytes] = [b""] * (2 * len(batch))
             values[::2] = layout.encode_states(rows.state_UD[batch])
             values[1::2] = layout.encode_int64s(rows.history_until_us[batch].tolist())
+            if pace is not None:
+                pace.wait_for(len(batch))
             written = _send(client, keys, shared, values)
             counts += PublishCounts(written=written, stale=len(batch) - written)
     return counts
@@ -296,4 +342,10 @@ def _call(client: redis.Redis, keys: list[bytes], shared: list[Any], values: lis
         for start in range(0, len(keys), ROWS_PER_CALL):
             some = keys[start : start + ROWS_PER_CALL]
             pipe.evalsha(SCRIPT_SHA, len(some), *some, *shared, *values[2 * start : 2 * (start + ROWS_PER_CALL)])
-        return sum(pipe.execute())
+        replies = pipe.execute()
+    if min(replies) < 0:
+        raise ConfigError(
+            f"an as-of time lies {-min(replies):,} s in the future by Redis's clock (allowed: {FUTURE_TOLERANCE_S} s); "
+            "check this machine's clock and --as-of. Nothing of it was written"
+        )
+    return sum(replies)

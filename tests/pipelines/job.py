@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.encode_users import main
-from pipelines.runs import MANIFEST, RunManifest, RunStore
+from pipelines.runs import CANARIES, MANIFEST, RunManifest, RunStore
 
 SECOND_US = 1_000_000
 SHARDS = 3
@@ -87,7 +87,7 @@ class Job:
         """All shards of states, tails or dead_letters of a run (None: the newest), by user."""
         name = run or self.store.run_ids()[-1]
         folder = self.states / self.state_version / "runs" / name / kind
-        tables = [pq.read_table(file) for file in sorted(folder.iterdir())]
+        tables = [pq.read_table(file) for file in sorted(folder.iterdir()) if file.name not in CANARIES]
         table = pa.concat_tables(tables)
         return table.sort_by("user_id") if kind != "dead_letters" else table
 
