@@ -79,16 +79,27 @@ def absolute(uri: str) -> str:
     return str(Path(uri).expanduser().absolute())
 
 
-def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> None:
-    """Prints the variables as lines for the shell."""
-    parser = argparse.ArgumentParser(prog="python -m feature_repo.environment", description=__doc__.splitlines()[0])
+def make_parser(program: str, text: str | None, environ: Mapping[str, str] = os.environ) -> argparse.ArgumentParser:
+    """Flags that say where registry, states and Redis are; variables that are set are their defaults."""
+    parser = argparse.ArgumentParser(prog=program, description=(text or "").splitlines()[0])
     parser.add_argument("--registry", default=environ.get(REGISTRY), required=REGISTRY not in environ)
     parser.add_argument("--states", default=environ.get(STATES), required=STATES not in environ)
     parser.add_argument("--redis-url", default=environ.get("REDIS_URL"), required="REDIS_URL" not in environ)
     parser.add_argument("--feast-registry", default=environ.get(FEAST_REGISTRY), help="SQLAlchemy URL")
-    given = parser.parse_args(arguments)
-    Path(absolute(given.states)).mkdir(parents=True, exist_ok=True) if "://" not in absolute(given.states) else None
-    for name, value in feast_environment(given.registry, given.states, given.redis_url, given.feast_registry).items():
+    return parser
+
+
+def variables(given: argparse.Namespace) -> dict[str, str]:
+    """feast_environment of parsed flags; makes a local states folder, beside which Feast's registry lies."""
+    if "://" not in absolute(given.states):
+        Path(absolute(given.states)).mkdir(parents=True, exist_ok=True)
+    return feast_environment(given.registry, given.states, given.redis_url, given.feast_registry)
+
+
+def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> None:
+    """Prints the variables as lines for the shell."""
+    given = make_parser("python -m feature_repo.environment", __doc__, environ).parse_args(arguments)
+    for name, value in variables(given).items():
         print(f"export {name}={shlex.quote(value)}")
 
 

@@ -7,6 +7,7 @@ TowerError
 ├── CheckpointError    a release or checkpoint is missing, torn or altered
 │   └── GoldenMismatch   a release's golden inputs give other outputs here
 ├── PointerConflict    the serving pointer moved under a writer
+├── ReleaseNotReady    a release may not serve yet: states, items or servers are missing, or a canary is off
 ├── StoreUnavailable   the state store did not answer in time
 └── StateMismatch      no resident release may answer with this row
 """
@@ -38,6 +39,10 @@ class GoldenMismatch(CheckpointError):
 
 class PointerConflict(TowerError):
     """The serving pointer moved under a writer, or a lower epoch was offered."""
+
+
+class ReleaseNotReady(TowerError):
+    """A release may not serve yet; the message says which check refused it and by how much."""
 
 
 class StoreUnavailable(TowerError):

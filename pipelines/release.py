@@ -1,36 +1,41 @@
-"""tower-release: look at releases and runs, and move the serving pointer when nothing would go missing."""
+"""tower-release: look at releases and runs, make a release ready, and move the serving pointer when nothing is lost."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 
-from model.errors import ConfigError, GoldenMismatch, TowerError
-from model.release import Manifest, Pointer, Registry
-from pipelines.runs import RunManifest, RunStore, iso
-
-MIN_COVERAGE = 0.95
-"""Least share of the serving version's users that a release must have states for. Below 1, since a rebuild from a
-trimmed log lacks users who have been idle for longer than the log reaches back."""
+from model.errors import ConfigError, GoldenMismatch, ReleaseNotReady, TowerError
+from model.leases import live_leases
+from model.release import Manifest, Pointer, Registry, Release
+from pipelines.prepare import PrepareSettings, prepare
+from pipelines.readiness import MIN_COVERAGE, Demands, Finding, covered, examine, newest_run, span
+from pipelines.runs import RunStore, iso, parse_as_of_us
 
 _DESCRIPTION = """\
 Releases, their state versions, and which release serves.
 
 A release is immutable. What changes is the pointer: epoch, serving, prepared, previous. Servers follow it, and answer
-with rows of the state version of the release they answer for; so a release may serve only once tower-encode has made
-a run of its state version that is as new as that of the release it replaces. commit and rollback check this.
+with rows of the state version of the release they answer for. So a release serves only after two steps: prepare writes
+its states beside the old ones, its items, and has servers load it; commit checks all that and flips the pointer.
 """
 
 _EPILOG = """\
 the path of a release
-  tower-train  --registry registry ...                          makes it
-  tower-encode --registry registry --states states --release ID ...   encodes all users with it, beside the old rows
-  tower-release commit ID --registry registry --states states   lets it serve
-  tower-release rollback  --registry registry --states states   the one before serves again
-  tower-encode --release all ... (daily) keeps both versions current, so that either way remains open
+  tower-train    --registry registry ...                       makes it
+  tower-release prepare ID --registry registry --states states --events log/
+                                                               makes it ready beside the one that serves
+  tower-encode   --registry registry --states states ...       (daily) encodes for serving, prepared and previous
+  tower-release commit ID --registry registry --states states  checks, then lets it serve
+  tower-release rollback  --registry registry --states states  checks the same, then the one before serves again
 
 exit status: 0 done, 1 refused or failed, 2 wrong command line
 """
+
+_FORCE = """\
+let it serve although a check refuses: users without a row of its version are then answered as cold starts, and servers
+that have not loaded it follow when they have. Golden outputs and canaries that are off are never passed over"""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,39 +49,81 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str, *, release: bool = False, states: bool = False, force: bool = False) -> None:
+    def command(name: str, text: str, *, release: bool = False, states: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if release:
             sub.add_argument("release", metavar="ID", help="release id, as `tower-release list` shows it")
         sub.add_argument("--registry", required=True, metavar="URI", help="folder of releases and the pointer")
         if states:
             sub.add_argument("--states", required=True, metavar="URI", help="folder tower-encode writes runs to")
-        if force:
-            sub.add_argument(
-                "--force",
-                action="store_true",
-                help="skip the check that states are there and as new as the serving release's: users without a row "
-                "of this version are then answered as cold starts. Nothing else is skipped",
-            )
+        return sub
+
+    def with_redis(sub: argparse.ArgumentParser, no_redis: str) -> None:
+        sub.add_argument("--redis-url", metavar="URL", help="where the rows are (default: the environment's REDIS_URL)")
+        sub.add_argument("--no-redis", action="store_true", help=no_redis)
+
+    def with_demands(sub: argparse.ArgumentParser) -> None:
+        with_redis(sub, "do not look at the rows in Redis, only at the runs")
+        sub.add_argument(
+            "--min-coverage", type=float, default=MIN_COVERAGE, metavar="SHARE",
+            help="least share of the serving release's users that must have a state (default: %(default)s)",
+        )  # fmt: skip
+        sub.add_argument(
+            "--max-lag-s", type=float, default=0.0, metavar="S",
+            help="how much older than the serving release's its newest run may be (default: %(default)s)",
+        )  # fmt: skip
+        sub.add_argument(
+            "--min-servers", type=int, default=0, metavar="N",
+            help="least number of live servers that must have loaded it; all live ones must (default: %(default)s)",
+        )  # fmt: skip
+        sub.add_argument("--force", action="store_true", help=_FORCE)
 
     command("list", "all releases, oldest first")
-    command("status", "the pointer, the releases, and the runs of each state version", states=True)
+    command(
+        "status", "the pointer and its history, the releases, the runs of each state version, the servers", states=True
+    )
     command("verify", "check a release's files against their fingerprints and replay its golden inputs", release=True)
-    command("commit", "let a release serve", release=True, states=True, force=True)
-    command("rollback", "let the previous release serve again", states=True, force=True)
+    sub = command("prepare", "make a release ready to serve, beside the one that serves", release=True, states=True)
+    sub.add_argument("--events", required=True, metavar="URI", help="the whole log: Parquet file or folder of them")
+    with_redis(sub, "send no rows to Redis")
+    sub.add_argument("--as-of", metavar="TIME", help="UTC time (default: as the serving release's newest run)")
+    sub.add_argument(
+        "--redis-rows-per-s", type=float, metavar="N", dest="rows_per_s", help="send no more rows a second"
+    )
+    sub.add_argument(
+        "--device", default="cpu", metavar="NAME", help="where to encode: cpu, cuda or cuda:N (default: cpu)"
+    )
+    sub.add_argument("--shards", type=int, metavar="P", help="as in tower-encode")
+    sub.add_argument("--no-feast", action="store_true", help="do not register the view with Feast")
+    sub.add_argument(
+        "--wait-s", type=float, default=60.0, metavar="S",
+        help="longest wait for the live servers to load the release (default: %(default)s)",
+    )  # fmt: skip
+    command("abandon", "prepare nothing any more; rows that were written are left to gc")
+    with_demands(command("commit", "let a prepared release serve", release=True, states=True))
+    with_demands(command("rollback", "let the previous release serve again", states=True))
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 refused or failed; argparse exits with 2."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if "no_redis" in args:
+        if args.no_redis and args.redis_url:
+            parser.error("--no-redis and --redis-url exclude each other")
+        args.redis_url = None if args.no_redis else args.redis_url or os.environ.get("REDIS_URL")
+        if not args.no_redis and not args.redis_url:
+            parser.error("no Redis to look at: give --redis-url, set REDIS_URL, or say --no-redis")
     registry = Registry(args.registry)
     actions: dict[str, Callable[[], str]] = {
         "list": lambda: release_table(registry),
-        "status": lambda: status(registry, args.states, time.time_ns() // 1000),
+        "status": lambda: status(registry, args.states, _now_us()),
         "verify": lambda: verify(registry, args.release),
-        "commit": lambda: commit(registry, args.states, args.release, force=args.force),
-        "rollback": lambda: rollback(registry, args.states, force=args.force),
+        "prepare": lambda: _prepare(registry, args),
+        "abandon": lambda: _moved(registry.pointer(), registry.abandon()),
+        "commit": lambda: commit(registry, args.release, _demands(args), force=args.force),
+        "rollback": lambda: rollback(registry, _demands(args), force=args.force),
     }
     try:
         print(actions[args.command]())
@@ -86,65 +133,91 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+def _demands(args: argparse.Namespace) -> Demands:
+    if not 0 <= args.min_coverage <= 1:
+        raise ConfigError(f"--min-coverage is a share in [0, 1], got {args.min_coverage:g}")
+    return Demands(
+        states_uri=args.states,
+        redis_url=args.redis_url,
+        min_coverage=args.min_coverage,
+        max_lag_us=int(args.max_lag_s * 1e6),
+        min_servers=args.min_servers,
+    )
+
+
 def verify(registry: Registry, release_id: str) -> str:
     """Raises CheckpointError on a missing or altered file, GoldenMismatch on other outputs than when it was written."""
-    report = registry.load(release_id, replay=False).verify()
+    return _verified(registry, release_id)[1]
+
+
+def _verified(registry: Registry, release_id: str) -> tuple[Release, str]:
+    release = registry.load(release_id, replay=False)
+    report = release.verify()
     if not report.passed:
         raise GoldenMismatch(f"release {release_id} is not sound here: {report}")
-    return f"release {release_id} is sound: {report}"
+    return release, f"release {release_id} is sound: {report}"
 
 
-def commit(registry: Registry, states_uri: str, release_id: str, *, force: bool = False) -> str:
-    """Let a release serve. Raises CheckpointError when it does not verify, ConfigError when its states are missing or
-    older than those of the serving release, PointerConflict when somebody else moved the pointer meanwhile."""
+def _prepare(registry: Registry, args: argparse.Namespace) -> str:
+    release, verified = _verified(registry, args.release)
+    print(verified, flush=True)
+    settings = PrepareSettings(
+        states_uri=args.states,
+        events=args.events,
+        redis_url=args.redis_url,
+        rows_per_s=args.rows_per_s,
+        device=args.device,
+        shards=args.shards,
+        as_of_us=None if args.as_of is None else parse_as_of_us(args.as_of),
+        feast=not args.no_feast,
+        wait_s=args.wait_s,
+    )
+    prepare(registry, release, settings, lambda line: print(line, flush=True))
+    demands = Demands(states_uri=args.states, redis_url=args.redis_url)
+    findings = examine(registry, registry.pointer(), release, demands, _now_us())
+    ready = "ready to commit" if all(f.passed is not False for f in findings) else "not ready to commit yet"
+    return f"\n{findings_table(findings)}\n\n{args.release} is {ready}"
+
+
+def commit(registry: Registry, release_id: str, demands: Demands, *, force: bool = False) -> str:
+    """Let a release serve. Raises CheckpointError when it does not verify, ReleaseNotReady when a check refuses it,
+    PointerConflict when somebody else moved the pointer meanwhile."""
     pointer = registry.pointer()
-    verified = verify(registry, release_id)
-    if not force:
-        check_coverage(registry, states_uri, pointer, release_id)
-    after = registry.commit(release_id, expected_epoch=pointer.epoch)
-    return f"{verified}\n{_moved(pointer, after)}"
+    if pointer.serving == release_id:
+        return _moved(pointer, pointer)
+    told = _check(registry, pointer, release_id, demands, force=force)
+    return f"{told}\n{_moved(pointer, registry.commit(release_id, expected_epoch=pointer.epoch))}"
 
 
-def rollback(registry: Registry, states_uri: str, *, force: bool = False) -> str:
+def rollback(registry: Registry, demands: Demands, *, force: bool = False) -> str:
     """Let the previous release serve again; checks and errors as in commit."""
     pointer = registry.pointer()
+    told = ""
     if pointer.previous is not None:
-        verify(registry, pointer.previous)
-        if not force:
-            check_coverage(registry, states_uri, pointer, pointer.previous)
-    return _moved(pointer, registry.rollback(expected_epoch=pointer.epoch))
+        told = _check(registry, pointer, pointer.previous, demands, force=force) + "\n"
+    return told + _moved(pointer, registry.rollback(expected_epoch=pointer.epoch))
 
 
-def check_coverage(registry: Registry, states_uri: str, pointer: Pointer, release_id: str) -> None:
-    """Raises ConfigError unless the release's state version has a run as new as the serving one's, and as wide."""
-    manifest = registry.manifest(release_id)
-    runs = RunStore(states_uri, manifest.state_version)
-    newest = _newest(runs)
-    advice = f"run tower-encode --release {release_id}, or say --force"
-    if newest is None:
-        raise ConfigError(
-            f"release {release_id} may not serve: {states_uri} has no committed run of its state version "
-            f"{manifest.state_version}; {advice}"
-        )
-    if newest.run_id not in runs.published():
-        print(f"note: run {newest.run_id} of {release_id} was not sent to Redis by tower-encode", file=sys.stderr)
-    if pointer.serving is None:
-        return
-    serving = _newest(RunStore(states_uri, registry.manifest(pointer.serving).state_version))
-    if serving is None:
-        return
-    if newest.as_of_us < serving.as_of_us:
-        raise ConfigError(
-            f"release {release_id} may not serve: its newest run, {newest.run_id}, is "
-            f"{age(serving.as_of_us - newest.as_of_us)} older than {serving.run_id} of the serving release "
-            f"{pointer.serving}; {advice}"
-        )
-    if newest.counts["users"] < MIN_COVERAGE * serving.counts["users"]:
-        raise ConfigError(
-            f"release {release_id} may not serve: its newest run, {newest.run_id}, has {newest.counts['users']:,} "
-            f"users, the serving release's {serving.counts['users']:,} (wanted at least {MIN_COVERAGE:.0%}); encode "
-            "it from the whole log with --full, or say --force"
-        )
+def _check(registry: Registry, pointer: Pointer, release_id: str, demands: Demands, *, force: bool) -> str:
+    """What was found, as text. Raises ReleaseNotReady."""
+    release, verified = _verified(registry, release_id)
+    findings = examine(registry, pointer, release, demands, _now_us())
+    refusals = [f for f in findings if f.passed is False and not (force and f.may_be_forced)]
+    if refusals:
+        reasons = "".join(f"\n  {finding.check}: {finding.detail}" for finding in refusals)
+        advice = "\nor say --force" if all(finding.may_be_forced for finding in refusals) else ""
+        raise ReleaseNotReady(f"release {release_id} may not serve:{reasons}{advice}")
+    return f"{verified}\n{findings_table(findings)}"
+
+
+def findings_table(findings: Sequence[Finding]) -> str:
+    """One check a line."""
+    words = {True: "ok", False: "REFUSED", None: "-"}
+    return table(["check", "", "found"], [[f.check, words[f.passed], f.detail] for f in findings])
 
 
 def release_table(registry: Registry) -> str:
@@ -166,7 +239,7 @@ def release_table(registry: Registry) -> str:
 
 
 def status(registry: Registry, states_uri: str, now_us: int) -> str:
-    """Pointer, releases and runs as text. now_us: the clock, for ages."""
+    """Pointer, releases, runs, servers and the pointer's history as text. now_us: the clock, for ages."""
     pointer = registry.pointer()
     versions = dict.fromkeys(registry.manifest(name).state_version for name in registry.releases())
     lines = [
@@ -176,32 +249,60 @@ def status(registry: Registry, states_uri: str, now_us: int) -> str:
         release_table(registry),
         "",
     ]
-    serving_users = None
+    serving = None
     if pointer.serving is not None:
-        serving = _newest(RunStore(states_uri, registry.manifest(pointer.serving).state_version))
-        serving_users = serving.counts["users"] if serving else None
+        serving = RunStore(states_uri, registry.manifest(pointer.serving).state_version)
     rows = []
     for version in versions:
         store = RunStore(states_uri, version)
         sent = store.published()
+        newest = newest_run(store)
         for run_id in store.run_ids():
             run = store.manifest(run_id)
-            coverage = f"{run.counts['users'] / serving_users:.1%}" if serving_users else "-"
+            coverage = "-"
+            if serving is not None and newest is not None and run_id == newest.run_id:
+                have, of = covered(store, serving)
+                coverage = f"{have / of:.2%}" if of else "-"
+            counts = run.counts
             rows.append(
                 [
-                    version,
-                    run_id,
-                    iso(run.as_of_us),
-                    age(now_us - run.as_of_us),
-                    f"{run.counts['users']:,}",
-                    f"{run.counts['encoded']:,}",
-                    coverage,
-                    "yes" if run_id in sent else "no",
+                    *(version, run_id, iso(run.as_of_us), span(now_us - run.as_of_us)),
+                    *(f"{counts['users']:,}", f"{counts['encoded']:,}", coverage, "yes" if run_id in sent else "no"),
                 ]
             )
     heads = ["state version", "run", "as of", "age", "users", "encoded", "of serving", "in Redis"]
-    lines.append(table(heads, rows) if rows else f"no run in {states_uri}; tower-encode makes one")
+    lines += [table(heads, rows) if rows else f"no run in {states_uri}; tower-encode makes one", ""]
+    lines += [_servers_table(registry, now_us), "", _history_table(registry, now_us)]
     return "\n".join(lines)
+
+
+def _servers_table(registry: Registry, now_us: int) -> str:
+    """What each live server has loaded."""
+    rows = [
+        [
+            *(lease.server_id, lease.address, str(lease.epoch), leased.role, leased.release_id),
+            *("yes" if leased.has_items else "no", leased.canary),
+        ]
+        for lease in live_leases(registry, now_us)
+        for leased in lease.releases
+    ]
+    return (
+        table(["server", "address", "epoch", "role", "release", "items", "canary"], rows) if rows else "no live server"
+    )
+
+
+def _history_table(registry: Registry, now_us: int, latest: int = 10) -> str:
+    """The latest moves of the pointer."""
+    rows = [
+        [
+            *(str(change.pointer.epoch), change.action, f"{span(now_us - change.at_us)} ago", change.by),
+            *(change.pointer.serving or "-", change.pointer.prepared or "-", change.pointer.previous or "-"),
+        ]
+        for change in registry.history()[-latest:]
+    ]
+    if not rows:
+        return "the pointer was never moved"
+    return table(["epoch", "move", "when", "by", "serving", "prepared", "previous"], rows)
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -212,19 +313,6 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     )
 
 
-def age(span_us: int) -> str:
-    """A span of time for people: its two largest units, like 2 d 3 h."""
-    seconds = max(span_us, 0) // 1_000_000
-    parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "min"), (seconds % 60, "s")]
-    first = next((place for place, (count, _) in enumerate(parts) if count), len(parts) - 1)
-    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count or first == len(parts) - 1)
-
-
-def _newest(store: RunStore) -> RunManifest | None:
-    committed = store.run_ids()
-    return store.manifest(committed[-1]) if committed else None
-
-
 def _role(manifest: Manifest, pointer: Pointer) -> str:
     roles = {pointer.previous: "previous", pointer.prepared: "prepared", pointer.serving: "serving"}
     return roles.get(manifest.release_id, "")
@@ -233,6 +321,8 @@ def _role(manifest: Manifest, pointer: Pointer) -> str:
 def _moved(before: Pointer, after: Pointer) -> str:
     if before == after:
         return f"{after.serving} serves already (epoch {after.epoch})"
+    if before.serving == after.serving:
+        return f"epoch {after.epoch}: {after.serving or 'nothing'} serves, {after.prepared or 'nothing'} is prepared"
     return f"epoch {after.epoch}: {after.serving} serves, {after.previous or 'nothing'} served before"
 
 
