@@ -2,10 +2,12 @@
 
 import gc
 import logging
+import platform
 import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +20,12 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from model.errors import ConfigError
 from model.release import Registry, Release
+from online.canary import CanaryWatch
 from online.generated import tower_pb2 as pb
 from online.head import ServingHead
+from online.leases import LeaseHolder, new_server_id
 from online.metrics import Metrics
-from online.registry import Follower
+from online.registry import Follower, load_release
 from online.residents import Head, ResidentSet
 from online.servicer import SERVICE, BoundedPool, InPool, UserTower
 from online.settings import Settings
@@ -51,12 +55,14 @@ class Server:
         """Set once a release is loaded."""
         self.metrics = Metrics()
         self.store = RedisStore(settings.redis_url, on_error=self.metrics.store_failed)
+        registry = Registry(settings.registry)
         self.follower = Follower(
-            Registry(settings.registry),
+            registry,
             poll_s=settings.poll_ms * 1e-3,
+            before_change=lambda residents: self.lease.widen(residents),
             on_change=self._changed,
             on_refusal=lambda release_id, kind: self.metrics.release_refused(kind),
-            make_head=make_head,
+            load=partial(load_release, registry, make_head=make_head),
         )
         self._is_draining = False
         self._lock = threading.Lock()
@@ -82,6 +88,27 @@ class Server:
             SimpleNamespace(ServerReflectionInfo=InPool(reflector.ServerReflectionInfo, reflection_pool)), self._server
         )
         self.port = self._listen()
+        self.canaries = CanaryWatch(
+            current,
+            self.store,
+            every_s=settings.canary_s,
+            store_timeout_s=settings.store_timeout_ms * 1e-3,
+            on_checked=self.metrics.canaries_checked,
+            on_change=lambda: self.lease.rewrite(),
+            now_us=now_us,
+        )
+        host = platform.node() if settings.bind in ("0.0.0.0", "::") else settings.bind
+        self.lease = LeaseHolder(
+            registry,
+            server_id=new_server_id(),
+            address=f"{host}:{self.port}",
+            lease_s=settings.lease_s,
+            current=current,
+            verdict_of=self.canaries.verdict_of,
+            on_written=self.metrics.lease_written,
+            on_failure=self.metrics.lease_failed,
+            now_us=now_us,
+        )
         self._metrics_server: WSGIServer = self.metrics.serve(settings.bind, settings.metrics_port)
         self.metrics_port: int = self._metrics_server.server_port
         self._server.start()
@@ -89,6 +116,8 @@ class Server:
     def start(self) -> None:
         """Load what the pointer names and follow it. Returns without a release where there is none to load yet."""
         self.follower.start()
+        self.lease.start()
+        self.canaries.start()
 
     def drain(self) -> None:
         """Stop within notice_s + drain_s: say so, go on for a moment, take no more, finish what is in progress."""
@@ -106,6 +135,8 @@ class Server:
 
     def _close(self) -> None:
         self.follower.stop()
+        self.canaries.stop()
+        self.lease.stop()
         self._metrics_server.shutdown()
         self._metrics_server.server_close()
         for pool in self._pools:
@@ -113,6 +144,7 @@ class Server:
 
     def _changed(self, residents: ResidentSet) -> None:
         self.metrics.loaded(residents)
+        self.canaries.look_now()
         with self._lock:
             if not self._is_draining:
                 self._set_health(health_pb2.HealthCheckResponse.SERVING)
