@@ -21,13 +21,12 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from model.errors import ConfigError
 from model.release import Registry, Release
 from online.canary import CanaryWatch
-from online.generated import tower_pb2 as pb
 from online.head import ServingHead
 from online.leases import LeaseHolder, new_server_id
 from online.metrics import Metrics
 from online.registry import Follower, load_release
 from online.residents import Head, ResidentSet
-from online.servicer import SERVICE, BoundedPool, InPool, UserTower
+from online.servicer import RECOMMENDER, SERVICE, BoundedPool, InPool, UserTower
 from online.settings import Settings
 from online.stores.redis import RedisStore
 
@@ -35,7 +34,8 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """A running server. Health says SERVING from the first loaded release to the beginning of `drain`."""
+    """A running server. Health says SERVING from the first loaded release to the beginning of `drain`; that of the
+    Recommender only while the serving release has its items."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(
             SimpleNamespace(Check=InPool(self._health.Check, side_pool), Watch=self._health.Watch), self._server
         )
-        names = (pb.DESCRIPTOR.services_by_name["UserTower"].full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, RECOMMENDER, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflector = reflection.ReflectionServicer(names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             SimpleNamespace(ServerReflectionInfo=InPool(reflector.ServerReflectionInfo, reflection_pool)), self._server
@@ -148,13 +148,15 @@ class Server:
         with self._lock:
             if not self._is_draining:
                 self._set_health(health_pb2.HealthCheckResponse.SERVING)
+                if residents.serving.index is None:
+                    self._health.set(RECOMMENDER, health_pb2.HealthCheckResponse.NOT_SERVING)
         if not self.ready.is_set():
             gc.collect()
             gc.freeze()  # what is loaded now stays; full collections need not walk it
             self.ready.set()
 
     def _set_health(self, status: Any) -> None:
-        for name in ("", SERVICE):
+        for name in ("", SERVICE, RECOMMENDER):
             self._health.set(name, status)
 
     def _listen(self) -> int:
