@@ -17,7 +17,7 @@ from model.records import Context, Event, SubjectItem, UserState
 from model.release import Manifest, Registry, Release
 from online.client import Embedding, UserTowerClient
 from online.guard import Answer
-from online.residents import ResidentSet, Role, resident_set
+from online.residents import Loaded, ResidentSet, Role, resident_set
 from online.server import Server
 from online.settings import Settings
 from tests.releases import SMALL, make_tower
@@ -159,4 +159,4 @@ def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
 
 def residents_of(epoch: int, **roles: Release) -> ResidentSet:
     """A resident set from loaded releases: residents_of(1, serving=a, previous=b)."""
-    return resident_set(epoch, {Role(name): (release.manifest, release) for name, release in roles.items()})
+    return resident_set(epoch, {Role(name): Loaded(release.manifest, release) for name, release in roles.items()})

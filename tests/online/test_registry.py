@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from model.errors import GoldenMismatch
 from model.release import Pointer, Registry
-from online.registry import Follower
+from online.registry import Follower, load_release
 from online.residents import ResidentSet, Role
 from tests.online.conftest import World
 
@@ -126,7 +127,8 @@ def test_a_head_that_cannot_be_built_is_refused(world: World) -> None:
     def make_head(release: Any) -> Any:
         raise GoldenMismatch("the serving head differs")
 
-    watched = Watched(world.registry, make_head=make_head)
+    registry = Registry(world.registry)
+    watched = Watched(world.registry, load=partial(load_release, registry, make_head=make_head))
     watched.registry.commit(world.a.release_id)
     watched.follower.refresh()
     assert watched.follower.current is None
