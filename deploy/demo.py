@@ -51,7 +51,7 @@ from deploy.report import (
     seconds,
     write,
 )
-from deploy.settings import Inputs, Settings, cut_times, parse_settings, show_command, shown_path
+from deploy.settings import Inputs, Settings, cut_times, parse_settings, show_command
 from model.dataset import find_description, load_description
 from model.errors import ConfigError, TowerError
 from model.event_log import read_items, read_log, read_users, show_time
@@ -119,8 +119,8 @@ class Demo:
             self._do("release-prepare", ["tower-release", "prepare", manifest.release_id, *log, *place, *day_1])
             first = store.manifest(store.run_ids()[-1])
             said(
-                "Beside whatever serves: a Feast view for the release's state version, the states of all users as of day "
-                f"1, and the item snapshot. {encode_meaning(first)}"
+                "Beside whatever serves: a Feast view for the release's state version, the states of all users as of "
+                f"day 1, and the item snapshot. {encode_meaning(first)}"
             )
 
         with self._step("Commit") as said:
@@ -296,12 +296,12 @@ class Demo:
         self.steps.append(step)
         print(f"  {step.meaning} [{seconds(step.seconds)}]", flush=True)
 
-    def _do(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    def _do(self, name: str, command: Sequence[str]) -> None:
         """Runs one console command, shown as the user could type it."""
         self._commands.append(self._show(command))
-        print("\n".join(f"$ {line}" for line in self._commands[-2 if environment else -1 :]), flush=True)
+        print(f"$ {self._commands[-1]}", flush=True)
         self._log = self.settings.logs / f"{name}.log"
-        self._processes.run(name, self._program(command), environment)
+        self._processes.run(name, self._program(command))
 
     def _program(self, command: Sequence[str]) -> list[str]:
         name, *rest = command
