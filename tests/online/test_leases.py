@@ -12,6 +12,7 @@ from model.release import Pointer, Registry, Release
 from online import leases as holding
 from online.leases import LeaseHolder, new_server_id
 from online.residents import ResidentSet
+from online.server import Server
 from tests.online.conftest import World
 from tests.online.helpers import NOW_US, fresh_users, residents_of, serving, wait_until
 from tests.online.test_registry import set_pointer
@@ -106,11 +107,11 @@ def test_every_process_has_an_id_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_union_is_written_before_the_swap(world: World, redis_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each lease as it is written, with the epoch in use at that moment."""
     written: list[tuple[int, dict[str, str]]] = []
-    server = None
+    servers: list[Server] = []
 
     def write(registry: Registry, lease: Lease) -> None:
         write_lease(registry, lease)
-        current = None if server is None else server.follower.current
+        current = servers[0].follower.current if servers else None
         written.append((0 if current is None else current.epoch, names(lease)))
 
     monkeypatch.setattr(holding, "write_lease", write)
@@ -118,6 +119,7 @@ def test_the_union_is_written_before_the_swap(world: World, redis_server: str, m
     registry.commit(world.a.release_id)
     a, b, h = (m.release_id for m in (world.a, world.b, world.h))
     with serving(world.registry, redis_server, canary_s=0.0) as (server, client):
+        servers.append(server)
         set_pointer(world.registry, Pointer(2, serving=b))
         wait_until(lambda: server.follower.pointer.epoch == 2)
         set_pointer(world.registry, Pointer(3, serving=h))

@@ -98,8 +98,9 @@ def test_help_teaches_and_lists_every_flag(capsys: pytest.CaptureFixture[str]) -
         main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("--lease-s", "--canary-s", "--bind", "--registry", "--redis-url", "--port", "--metrics-port", "--workers", "--policy", "--deadline-ms",
-                 "--max-queue", "--max-state-age", "--tls-cert", "SIGTERM", "ready port="):  # fmt: skip
+    for flag in ("--registry", "--redis-url", "--port", "--metrics-port", "--workers", "--policy", "--deadline-ms",
+                 "--max-queue", "--max-state-age", "--lease-s", "--canary-s", "--tls-cert", "--bind", "SIGTERM",
+                 "ready port="):  # fmt: skip
         assert flag in text
     assert "--worker " not in text
 
