@@ -137,11 +137,11 @@ class CanaryWatch:
         self._wake.set()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Look no more. A look that hangs in a head is left behind."""
         self._is_over = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=1)
 
     def verdict_of(self, release_id: str) -> str:
         """passed, failed or unknown."""
