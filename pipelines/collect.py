@@ -7,7 +7,7 @@ Everything else may go, by HDEL, never DEL: all views of a user share one hash. 
     not higher. Who prepares a version later puts the pointer first and takes a token then, so those rows stay.
 2.  Pointer and leases are read again before every bounded step, and a version that has become reachable is left alone
     from then on. Rows of it that went before are owed by whoever prepares it: the note that they were sent is removed
-    before the first row goes, and again when the version turns out to be reachable.
+    before the first row goes, when the version turns out to be reachable, and at the end.
 3.  After every step it is noted in <registry>/GC.json how far the scan has come. A collector that was killed carries on
     from there if Redis, the pointer's epoch and the versions are the same; else it starts again, which costs time only.
 """
@@ -227,6 +227,8 @@ class Collector:
                 if version not in self._reach.items:
                     folders += self._remove_items(version)
         if not self._dry_run:
+            for version in self.versions:  # a late job may have noted as sent what has gone since
+                self._forget_published(version)
             self._registry.remove(PROGRESS)
         return Report(
             dry_run=self._dry_run,

@@ -52,8 +52,7 @@ from pipelines import collect
 from pipelines.collect import Collector
 from pipelines.transforms import publish
 from pipelines.transforms.publish import FUTURE_TOLERANCE_S, MAX_TOKEN, publish_table
-from tests.pipelines.conftest import TINY
-from tests.releases import make_description
+from tests.releases import SMALL, make_description
 
 INVARIANTS = {
     "parts": "every part of a reply is of one release, one user and one write",
@@ -74,7 +73,7 @@ USERS = (1, 2, 3)
 SECOND_US = 1_000_000
 LEASE_US = 30 * SECOND_US
 WIDTH = 4
-CONFIG = replace(TINY, d_model=WIDTH, embedding_dim=8)
+CONFIG = replace(SMALL, d_model=WIDTH, num_heads=1, embedding_dim=8)
 LENGTH = 40
 """Operations of a walk."""
 
