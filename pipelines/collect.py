@@ -7,12 +7,11 @@ Everything else may go, by HDEL, never DEL: all views of a user share one hash. 
     not higher. Who prepares a version later puts the pointer first and takes a token then, so those rows stay.
 2.  Pointer and leases are read again before every bounded step, and a version that has become reachable is left alone
     from then on. Rows of it that went before are owed by whoever prepares it: the note that they were sent is removed
-    before the first row goes, and again when the version turns out to be reachable.
+    before the first row goes, when the version turns out to be reachable, and at the end.
 3.  After every step it is noted in <registry>/GC.json how far the scan has come. A collector that was killed carries on
     from there if Redis, the pointer's epoch and the versions are the same; else it starts again, which costs time only.
 """
 
-import hashlib
 import json
 import re
 import time
@@ -33,7 +32,7 @@ from pipelines import faults
 from pipelines.faults import Fault
 from pipelines.io import Folder
 from pipelines.runs import RunStore
-from pipelines.transforms.publish import PARSE_TIMESTAMP, Pace
+from pipelines.transforms.publish import PARSE_TIMESTAMP, Pace, sha_of
 
 PROGRESS: Final = "GC.json"
 SCAN_KEYS: Final = 1000
@@ -111,12 +110,12 @@ class Report:
 
 
 def reachable(registry: Registry, now_us: int) -> Reachable:
-    """Who reaches what, now. The pointer is read on both sides of the leases, as a version may move from one to the
-    other in between. Raises CheckpointError where the pointer or a release that it names cannot be read.
+    """Who reaches what, now. The pointer is read before the leases, as servers load what it names and lease it then.
+
+    Raises CheckpointError where the pointer or a release that it names cannot be read.
     """
-    before = registry.pointer()
+    pointer = registry.pointer()
     leases = live_leases(registry, now_us, tolerance_us=CLOCK_SKEW_US)
-    after = registry.pointer()
     states: dict[str, list[str]] = {}
     items: dict[str, list[str]] = {}
 
@@ -125,17 +124,16 @@ def reachable(registry: Registry, now_us: int) -> Reachable:
             if why not in reasons:
                 reasons.append(why)
 
-    for pointer in (before, after):
-        for role, release_id in _named(pointer).items():
-            manifest = registry.manifest(release_id)
-            keep(manifest.state_version, manifest.embedding_version, f"{role} {release_id}")
+    for role, release_id in _named(pointer).items():
+        manifest = registry.manifest(release_id)
+        keep(manifest.state_version, manifest.embedding_version, f"{role} {release_id}")
     for lease in leases:
         for leased in lease.releases:
             keep(leased.state_version, leased.embedding_version, f"leased by {lease.server_id}")
     return Reachable(
         {version: tuple(why) for version, why in states.items()},
         {version: tuple(why) for version, why in items.items()},
-        after.epoch,
+        pointer.epoch,
     )
 
 
@@ -229,6 +227,8 @@ class Collector:
                 if version not in self._reach.items:
                     folders += self._remove_items(version)
         if not self._dry_run:
+            for version in self.versions:  # a late job may have noted as sent what has gone since
+                self._forget_published(version)
             self._registry.remove(PROGRESS)
         return Report(
             dry_run=self._dry_run,
@@ -282,7 +282,7 @@ class Collector:
         return {version: sum(reply[v] for reply in replies) for v, version in enumerate(self.versions)}
 
     def _call(self, keys: list[bytes], shared: list[Any]) -> list[list[int]]:
-        script_sha = hashlib.sha1(DELETE_ROWS.encode(), usedforsecurity=False).hexdigest()
+        script_sha = sha_of(DELETE_ROWS)
         keys_per_call = max(1, ROWS_PER_CALL // len(self.versions))
         with self._client.pipeline(transaction=False) as pipe:
             for start in range(0, len(keys), keys_per_call):

@@ -120,7 +120,14 @@ end
 return written
 """
 )
-SCRIPT_SHA: Final = hashlib.sha1(COMPARE_AND_SET.encode(), usedforsecurity=False).hexdigest()
+
+
+def sha_of(script: str) -> str:
+    """The name by which Redis knows a script."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+SCRIPT_SHA: Final = sha_of(COMPARE_AND_SET)
 
 
 class Pace:

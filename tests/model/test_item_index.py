@@ -170,7 +170,7 @@ def test_an_index_is_held_to_the_golden_items(release: Release, tmp_path: Path) 
         check_golden(ItemIndex("f" * 16, ids, item_NE), release)
     with pytest.raises(GoldenMismatch, match="other items than its catalogue"):
         check_golden(ItemIndex(version, ids.take(pa.array(range(49, -1, -1))), item_NE), release)
-    with pytest.raises(GoldenMismatch, match="differ by 0.01"):
+    with pytest.raises(GoldenMismatch, match=r"differ by 0\.01"):
         check_golden(ItemIndex(version, ids, item_NE + 0.01), release)
     with pytest.raises(GoldenMismatch, match="differ by nan"):
         check_golden(ItemIndex(version, ids, item_NE * float("nan")), release)

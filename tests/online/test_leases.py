@@ -89,8 +89,8 @@ def test_no_lease_is_written_after_the_end(built_world: World, tmp_path: Path) -
     held.current = residents_of(4, serving=built_world.oracle.releases[built_world.a.release_id])
     held.holder.widen(held.current)
     held.holder.stop()
+    a = built_world.oracle.releases[built_world.a.release_id]
     for late in (held.holder.renew, held.holder.rewrite, lambda: held.holder.widen(residents_of(5, serving=a))):
-        a = built_world.oracle.releases[built_world.a.release_id]
         late()
         assert read_leases(held.registry) == []
 

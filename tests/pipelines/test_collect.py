@@ -256,6 +256,19 @@ def test_rows_written_under_a_later_token_survive(world: World) -> None:
     assert not any(client.hexists(layout.redis_key(user), other) for user in USERS)
 
 
+def test_what_a_late_job_notes_as_sent_is_forgotten(world: World) -> None:
+    version = world.old.state_version
+    collector = Collector(
+        world.registry, world.client, world.states, scan_keys=10, keep_folders=True, now_us=lambda: NOW_US
+    )
+    collector.step()
+    RunStore(world.states, version).mark_published("20171015T030000Z", {"written": 3})
+    while collector.step():
+        pass
+    collector.finish()
+    assert RunStore(world.states, version).published() == set()
+
+
 def test_the_pointer_is_looked_at_again_before_every_step(world: World) -> None:
     collector = Collector(world.registry, world.client, world.states, scan_keys=10, now_us=lambda: NOW_US)
     assert collector.versions == sorted([world.old.state_version, world.other.state_version])
