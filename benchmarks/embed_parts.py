@@ -116,14 +116,19 @@ def main() -> None:
         report("guard.decide", lambda u: guard.decide(rows[u], residents, limits, strict=False), calls)
         report("wire.write_reply", lambda u: wire.write_reply(answered[u]), calls)
         report("metrics", count, calls)
-        for size in options.rows:
-            until = [until_us] * size
-            report(f"store.fetch, {size}", lambda u: store.fetch(keys[of(u, size)], residents.fields, 1.0), calls)
-            report(f"contexts, {size}", lambda u: release.featuriser.contexts(contexts[of(u, size)], until), calls)
+
+        def report_batch(size: int) -> None:
+            until: list[int | None] = [until_us] * size
+            fields, contexts_of = residents.fields, release.featuriser.context_arrays
+            report(f"store.fetch, {size}", lambda u: store.fetch(keys[of(u, size)], fields, 1.0), calls)
+            report(f"context_arrays, {size}", lambda u: contexts_of(contexts[of(u, size)], until), calls)
             report(
                 f"head.embed, {size}", lambda u: head.embed(state_UD[of(u, size)], contexts[of(u, size)], until), calls
             )
             report(f"process_batch, {size}", lambda u: process(of(u, size)), calls)
+
+        for size in options.rows:
+            report_batch(size)
 
         pool = BoundedPool(1, 1, "embed")
         settings = Settings(registry=registry.uri, redis_url=server.url)
