@@ -133,8 +133,8 @@ class ServingHead:
         weight_BM = features.subject_weight_BM
         if np.count_nonzero(weight_BM):
             item_BME = self._item_IE.take(features.subject_item_BM, 0)
-            share_BM: Floats = weight_BM / np.maximum(np.add.reduce(weight_BM, 1, keepdims=True), _ONE)
-            out_BC += (share_BM[:, None] @ item_BME)[:, 0] @ self._subject_EC
+            weight_BM /= np.maximum(np.add.reduce(weight_BM, 1, keepdims=True), _ONE)
+            out_BC += (weight_BM[:, None] @ item_BME)[:, 0] @ self._subject_EC
         if self._query_QC is not None:
             out_BC += features.query_BQ @ self._query_QC
 
