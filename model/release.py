@@ -6,7 +6,7 @@
     <registry>/releases/<release_id>/   manifest.json, *.safetensors, catalogue.parquet, vocabularies.json,
                                         golden.parquet
     <registry>/items/, leases/          item snapshots and servers' leases: model.item_index, model.leases
-    <registry>/studies/<name>.json      what was measured of releases, beside them; model.training.skew
+    <registry>/studies/<name>.json      what was measured of releases, beside them; model.skew, model.bridge
     <registry>/bridges/<from>-<to>/     learned maps between state versions; model.bridge
 
 `state_version` names all that determines a user state, `embedding_version` all that determines the space in which
@@ -678,9 +678,6 @@ class Registry:
     def _put(self, pointer: Pointer, action: str) -> Pointer:
         note = {"pointer": asdict(pointer), "action": action, "at_us": time.time_ns() // 1000, "by": _operator()}
         self.put(f"epochs/{pointer.epoch:010d}.json", json.dumps(note).encode())
-
-
-    def _put(self, pointer: Pointer) -> Pointer:
         self.put("SERVING", json.dumps(asdict(pointer)).encode())
         return pointer
 

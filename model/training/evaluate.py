@@ -1,4 +1,4 @@
-"""tower-evaluate: what a release is worth on the test part of a log, beside popularity.
+"""tower-evaluate: what releases are worth on the test part of a log, beside popularity and mixed with each other.
 
 Every test event is asked as a request just before it and ranked among the whole catalogue. A time split cuts the
 state at the last daily refresh before the event and gives the events since then as session; leave-one-out asks each
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from model.context_head import ContextHead
 from model.dataset import DatasetDescription
 from model.encoder import Encoder
-from model.errors import ConfigError, DataError, TowerError
+from model.errors import CheckpointError, ConfigError, DataError, TowerError
 from model.event_log import read_items, read_log, read_users
 from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue
 from model.release import Registry, Release
@@ -438,40 +438,85 @@ def show(report: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """tower-evaluate. Returns 0, or 1 with a message when something is wrong with the input."""
-    parser = argparse.ArgumentParser(prog="tower-evaluate", description="Measure a release on the test part of a log.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    quality = commands.add_parser("quality", help="full-catalogue Recall, NDCG and MRR beside popularity")
-    quality.add_argument("--registry", required=True)
-    quality.add_argument("--release", help="release id, or 'serving' (default: the newest release)")
-    quality.add_argument("--events", required=True, help="Parquet file or folder")
-    quality.add_argument("--items", required=True)
-    quality.add_argument("--users")
-    quality.add_argument("--dataset", help="dataset description; default: the release's own")
-    quality.add_argument("--k", type=int, nargs="+", default=[10, 20, 50])
-    quality.add_argument("--recent-hours", type=float, help="window of recent popularity (3; 168 for leave-one-out)")
-    quality.add_argument("--seen", choices=("auto", "exclude", "keep"), default="auto", help="the user's earlier items")
-    quality.add_argument("--max-test-events", type=int, help="sample a larger test down to so many events")
-    quality.add_argument("--seed", type=int, default=0)
-    quality.add_argument("--resamples", type=int, default=500, help="of the bootstrap")
-    quality.add_argument("--device", default="cpu")
-    quality.add_argument("--out", type=Path, help="write the report as JSON")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        report = _quality(args)
+        report, text = {"quality": _quality, "skew": _skew, "bridge": _bridge}[args.command](args)
     except TowerError as error:
         print(f"tower-evaluate: {error}", file=sys.stderr)
         return 1
-    print(show(report))
+    print(text)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1))
     return 0
 
 
-def _quality(args: argparse.Namespace) -> dict[str, Any]:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tower-evaluate", description="Measure releases on the test part of a log.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    quality = commands.add_parser("quality", help="full-catalogue Recall, NDCG and MRR beside popularity")
+    _add_test_arguments(quality)
+    quality.add_argument("--release", help="release id, or 'serving' (default: the newest release)")
+    quality.add_argument("--k", type=int, nargs="+", default=[10, 20, 50])
+    quality.add_argument("--recent-hours", type=float, help="window of recent popularity (3; 168 for leave-one-out)")
+
+    skew = commands.add_parser("skew", help="Recall@K where encoder, head and item index are of different releases")
+    _add_test_arguments(skew)
+    skew.add_argument(
+        "--family", choices=("run", "seeds"), default="run", help="checkpoints of one run, or the last of every run"
+    )  # fmt: skip
+    skew.add_argument("--release", help="any release of the run (default: the newest release)")
+    skew.add_argument("--k", type=int, default=20)
+    skew.add_argument("--plot", type=Path, help="draw heat maps, .svg or .png; needs matplotlib")
+
+    bridge = commands.add_parser("bridge", help="fit and measure a map from one release's states to another's")
+    _add_test_arguments(bridge)
+    bridge.add_argument("--from", dest="from_release", required=True, help="release id of the old states")
+    bridge.add_argument("--to", dest="to_release", required=True, help="release id of the new states")
+    bridge.add_argument("--k", type=int, default=20)
+    bridge.add_argument("--held-out", type=float, default=0.5, help="share of the test's users that measure the bridge")
+    bridge.add_argument("--max-fit-users", type=int, default=50_000)
+    bridge.add_argument("--plot", type=Path, help="draw Recall by the share backfilled, .svg or .png; needs matplotlib")
+    return parser
+
+
+def _add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--registry", required=True)
+    parser.add_argument("--events", required=True, help="Parquet file or folder")
+    parser.add_argument("--items", required=True)
+    parser.add_argument("--users")
+    parser.add_argument("--dataset", help="dataset description; default: the release's own")
+    parser.add_argument("--seen", choices=("auto", "exclude", "keep"), default="auto", help="the user's earlier items")
+    parser.add_argument("--max-test-events", type=int, help="sample a larger test down to so many events")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resamples", type=int, default=500, help="of the bootstrap")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="write the report as JSON")
+
+
+def _test_inputs(args: argparse.Namespace, release: Release) -> dict[str, Any]:
+    """What every measure of a log takes, as the command line gives it."""
     from model.dataset import load_description
 
+    description = release.manifest.description if args.dataset is None else load_description(args.dataset)
+    if description.user_columns and args.users is None:
+        raise DataError(f"the description declares user columns {list(description.user_columns)}; give --users")
+    table, _ = read_log(args.events, description)
+    return {
+        "table": table,
+        "items": read_items(args.items, description),
+        "users": None if args.users is None else read_users(args.users, description),
+        "description": description,
+        "seen": args.seen,
+        "max_test_events": args.max_test_events,
+        "seed": args.seed,
+        "resamples": args.resamples,
+    }
+
+
+def _quality(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     registry = Registry(args.registry)
     release_id = args.release
     if release_id is None:
@@ -483,24 +528,49 @@ def _quality(args: argparse.Namespace) -> dict[str, Any]:
         if release_id is None:
             raise DataError(f"nothing serves in {args.registry}")
     release = registry.load(release_id, device=args.device)
-    description = release.manifest.description if args.dataset is None else load_description(args.dataset)
-    if description.user_columns and args.users is None:
-        raise DataError(f"the description declares user columns {list(description.user_columns)}; give --users")
-    table, _ = read_log(args.events, description)
-    users = None if args.users is None else read_users(args.users, description)
-    return evaluate_quality(
-        release,
-        table,
-        read_items(args.items, description),
-        users,
-        description=description,
-        ks=sorted(set(args.k)),
-        recent_hours=args.recent_hours,
-        seen=args.seen,
-        max_test_events=args.max_test_events,
-        seed=args.seed,
-        resamples=args.resamples,
+    report = evaluate_quality(
+        release, ks=sorted(set(args.k)), recent_hours=args.recent_hours, **_test_inputs(args, release)
     )
+    return report, show(report)
+
+
+def _skew(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from model.skew import keep_study
+    from model.skew import show as show_skew
+    from model.training.plots import draw_skew, plotting
+    from model.training.skew import family, skew_study
+
+    if args.plot is not None:
+        plotting()  # refused before the work, not after it
+    registry = Registry(args.registry)
+    releases = [registry.load(name, device=args.device) for name in family(registry, args.family, args.release)]
+    study = skew_study(releases, k=args.k, **_test_inputs(args, releases[-1]))
+    kept = keep_study(registry, study)
+    if args.plot is not None:
+        draw_skew(study, args.plot)
+    return study, f"{show_skew(study)}\nstudies {', '.join(kept)}"
+
+
+def _bridge(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from model.bridge import bridge_folder
+    from model.training.bridge import bridge_study, keep_bridge
+    from model.training.bridge import show as show_bridge
+    from model.training.plots import draw_bridge, plotting
+
+    if args.plot is not None:
+        plotting()
+    registry = Registry(args.registry)
+    old, new = (registry.load(name, device=args.device) for name in (args.from_release, args.to_release))
+    folder = bridge_folder(old.manifest.state_version, new.manifest.state_version)
+    if registry.get(f"{folder}/manifest.json") is not None:
+        raise CheckpointError(f"{folder} is already in {args.registry}; a bridge never changes")
+    bridge, study = bridge_study(
+        old, new, k=args.k, held_out=args.held_out, max_fit_users=args.max_fit_users, **_test_inputs(args, new)
+    )
+    keep_bridge(registry, bridge, study, old)
+    if args.plot is not None:
+        draw_bridge(study, args.plot)
+    return study, f"{show_bridge(study)}\n{folder}"
 
 
 if __name__ == "__main__":
