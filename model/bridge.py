@@ -270,7 +270,7 @@ def _manifest(folder: str, content: bytes) -> BridgeManifest:
         if found != _fingerprint(values):
             raise CheckpointError(f"manifest.json of {folder} was altered: its fingerprint does not match")
         return BridgeManifest(**{f.name: values[f.name] for f in fields(BridgeManifest)})
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"manifest.json of {folder} is not a bridge's: {error!r}") from None
 
 

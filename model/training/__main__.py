@@ -113,7 +113,10 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _epochs(text: str) -> tuple[int, ...]:
-    return tuple(sorted({int(part) for part in text.split(",")}))
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"epochs are numbers with commas between, got {text!r}") from None
 
 
 def _value(text: str, value: str) -> Any:
