@@ -17,6 +17,7 @@ from model.errors import CheckpointError, DataError, StoreUnavailable
 from model.item_index import check_golden, read_snapshot
 from model.leases import live_leases
 from model.release import Pointer, Registry, Release
+from model.skew import skew_warning, study_name
 from pipelines.io import read_parquet
 from pipelines.runs import RunManifest, RunStore, file_name, iso
 
@@ -63,7 +64,8 @@ def examine(registry: Registry, pointer: Pointer, release: Release, demands: Dem
     findings = [_prepared(pointer, release), *_states(mine, theirs, demands)]
     if demands.redis_url is not None and findings[-1].passed is not False:
         findings += _rows(mine, theirs or mine, release, demands, demands.redis_url)
-    return [*findings, _items(registry, release), _servers(registry, release, demands, now_us)]
+    findings += [_items(registry, release), _servers(registry, release, demands, now_us)]
+    return [*findings, *_skew(registry, pointer, release)]
 
 
 def newest_run(store: RunStore) -> RunManifest | None:
@@ -232,6 +234,15 @@ def _servers(registry: Registry, release: Release, demands: Demands, now_us: int
             "servers", False, "; ".join([f"{ready} of {len(leases)} live servers are ready{wanted}", *behind])
         )
     return Finding("servers", True if leases else None, f"{ready} of {len(leases)} live servers have it loaded")
+
+
+def _skew(registry: Registry, pointer: Pointer, release: Release) -> list[Finding]:
+    """A warning, never a refusal, where parts of this release's family mix worse than those of the serving one's."""
+    if pointer.serving is None:
+        return []
+    studies = [registry.read_study(study_name(name)) for name in (release.manifest.release_id, pointer.serving)]
+    warning = skew_warning(studies[0], studies[1])
+    return [] if warning is None else [Finding("skew", None, f"warning: {warning}")]
 
 
 def span(span_us: int) -> str:

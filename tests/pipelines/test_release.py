@@ -16,6 +16,7 @@ from model.errors import PointerConflict, ReleaseNotReady
 from model.item_index import has_snapshot, read_snapshot, write_snapshot
 from model.leases import Lease, Leased, write_lease
 from model.release import Manifest, Registry
+from model.skew import study_name
 from pipelines import release as cli
 from pipelines.encode_users import main as encode
 from pipelines.readiness import Demands, span
@@ -343,6 +344,25 @@ def test_list_and_status_show_what_there_is(towers: Towers, capsys: Errors, tmp_
     assert new[-4:] == ["40", "40", "40.00%", "no"]
     assert lines["server-1"][1:] == ["127.0.0.1:1", "1", "prepared", towers.old.release_id, "yes", "passed"]
     assert lines["3"][1] == "prepare"
+
+
+def test_commit_warns_of_a_more_skew_sensitive_family(towers: Towers, capsys: Errors) -> None:
+    towers.serve(towers.old)
+    assert towers.prepare(towers.new) == 0
+    capsys.readouterr()
+    for release, value in ((towers.old, 0.1), (towers.new, 0.4)):
+        figures = {
+            "value": value,
+            "low": value - 0.01,
+            "high": value + 0.01,
+            "by_part": {"encoder": value, "head": 0.0},
+        }
+        study = {"dataset": "test", "family": "run", "k": 20, "sensitivity": figures, "releases": []}
+        towers.registry.write_study(study_name(release.release_id), study)
+    assert towers.move("commit", towers.new.release_id) == 0
+    assert "warning: mixing parts of neighbouring releases costs 40.0% of Recall@20" in capsys.readouterr().out
+    assert towers.move("rollback") == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_gc_ends_the_window_and_collects_what_is_left(stored: Towers, capsys: Errors) -> None:
