@@ -2,11 +2,15 @@
 
 A walk is a few dozen random operations on one small deployment: operators move the pointer (some from a stale view of
 it), jobs write rows (late, twice, out of order, with a clock an hour ahead, half), rows are damaged, servers follow the
-pointer or lag, write leases or let them run out, restart, answer requests; items are indexed; a collector takes a step
+pointer or lag, renew leases or let them run out, restart, answer requests; items are indexed; a collector takes a step
 or is killed; Redis is away for a while. Whatever decides something is the real code: the registry's pointer on a real
-folder, the Lua scripts on a real Redis, the follower, the guard, the engine, the item snapshots, the collector. Only
-the weights are stand-ins: a state says in numbers whose it is, of which version, run and token; a head passes it on
-beside its own number; an item id names the index it is from. So every reply tells what it was made of.
+folder, the Lua scripts on a real Redis, follower, lease holder, guard, engine, item snapshots, collector. Only the
+weights are stand-ins: a state says in numbers whose it is, of which version, run and token; a head passes it on beside
+its own number; an item id names the index it is from. So every reply tells what it was made of.
+
+One thread: what happens in the middle of something else is let in at named places (between a fetch and its decision,
+within a move of the pointer, between a collector's look and its script). Not here: real waiting, losing rows, and a row
+torn so that its times still agree, which no reader can tell.
 
 After each operation the invariants are checked (`INVARIANTS`). `GUARDS` names the checks of the real code, each with a
 way to take it away; without any one of them a walk breaks an invariant.
@@ -929,6 +933,7 @@ class World:
             collect.collect(self.registry, self.site.collectors, None, now_us=lambda: self.now_us)
         wanted = {key: row for key, row in self.rows.items() if key[1] in self._named_versions()}
         found = self._read(USERS)
+        check(found.items() >= wanted.items(), "collected", f"wanted {wanted}, there is {found}")
         check(found == wanted, "emptied", f"wanted {wanted}, there is {found}")
         manifests = [RELEASES[name].manifest for name in self.registry.pointer().resident()]
         left = set(self.registry.names(FOLDER)) - {manifest.embedding_version for manifest in manifests}
