@@ -2,11 +2,15 @@
 
 A walk is a few dozen random operations on one small deployment: operators move the pointer (some from a stale view of
 it), jobs write rows (late, twice, out of order, with a clock an hour ahead, half), rows are damaged, servers follow the
-pointer or lag, write leases or let them run out, restart, answer requests; items are indexed; a collector takes a step
+pointer or lag, renew leases or let them run out, restart, answer requests; items are indexed; a collector takes a step
 or is killed; Redis is away for a while. Whatever decides something is the real code: the registry's pointer on a real
-folder, the Lua scripts on a real Redis, the follower, the guard, the engine, the item snapshots, the collector. Only
-the weights are stand-ins: a state says in numbers whose it is, of which version, run and token; a head passes it on
-beside its own number; an item id names the index it is from. So every reply tells what it was made of.
+folder, the Lua scripts on a real Redis, follower, lease holder, guard, engine, item snapshots, collector. Only the
+weights are stand-ins: a state says in numbers whose it is, of which version, run and token; a head passes it on beside
+its own number; an item id names the index it is from. So every reply tells what it was made of.
+
+One thread: what happens in the middle of something else is let in at named places (between a fetch and its decision,
+within a move of the pointer, between a collector's look and its script). Not here: real waiting, losing rows, and a row
+torn so that its times still agree, which no reader can tell.
 
 After each operation the invariants are checked (`INVARIANTS`). `GUARDS` names the checks of the real code, each with a
 way to take it away; without any one of them a walk breaks an invariant.
@@ -17,7 +21,6 @@ import fcntl
 import logging
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -37,16 +40,17 @@ from numpy.typing import NDArray
 import online.registry
 from deploy.redis_server import start_redis
 from feature_repo import layout
-from model.errors import CheckpointError, ConfigError, PointerConflict, StateMismatch, StoreUnavailable, TowerError
+from model.errors import ConfigError, PointerConflict, StateMismatch, StoreUnavailable, TowerError
 from model.item_index import FOLDER, ItemIndex, has_snapshot, read_snapshot, write_snapshot
-from model.leases import Lease, Leased, write_lease
+from model.leases import Lease
 from model.records import Context
 from model.release import Manifest, Pointer, Registry
 from online import guard
-from online.engine import Answered, Request, process_batch
+from online.engine import Answered, Request, process_batch, retrieve
 from online.guard import Answer
+from online.leases import LeaseHolder
 from online.registry import Follower
-from online.residents import Resident, ResidentSet
+from online.residents import Loaded, Resident, ResidentSet
 from online.stores.redis import RedisStore
 from pipelines import collect
 from pipelines.collect import Collector
@@ -67,11 +71,12 @@ INVARIANTS = {
     "collected": "no row or snapshot that the pointer or a live lease reaches is collected",
     "emptied": "when all is quiet, a collector leaves nothing that nobody reaches",
     "converged": "when all is quiet, every server follows the pointer and answers from new rows",
+    "leased": "a server's lease, while it is live, names every release that the server may answer with",
     "crash": "nothing raises but the errors that are declared",
 }
 USERS = (1, 2, 3)
 SECOND_US = 1_000_000
-LEASE_US = 30 * SECOND_US
+LEASE_S = 30
 WIDTH = 4
 CONFIG = replace(SMALL, d_model=WIDTH, num_heads=1, embedding_dim=8)
 LENGTH = 40
@@ -323,68 +328,49 @@ class Job:
 
 
 class Serving:
-    """One server process."""
+    """One server process: what it follows, the lease it holds."""
 
     def __init__(self, name: str, world: "World", clock_us: int) -> None:
         self.name = name
         self.clock_us = clock_us
         """How far its clock is off."""
-        self._world = world
-        self.registry = SharedRegistry(world.registry.uri)
-        base_s = world.site.base_s
-        self.follower = Follower(self.registry, make_head=lambda release: TaggedHead(release, base_s))  # type: ignore[arg-type]
-        self.index: ItemIndex | None = None
+        self.lease: Lease | None = None
+        """As it was last written."""
         self.highest_epoch = 0
+        self.mixes_up_items = False
+        self.registry = SharedRegistry(world.registry.uri)
+        self._base_s = world.site.base_s
+        self.holder = LeaseHolder(
+            self.registry,
+            server_id=name,
+            address="",
+            lease_s=LEASE_S,
+            current=lambda: self.follower.current,
+            on_written=lambda lease: setattr(self, "lease", lease),
+            now_us=lambda: world.now_us + clock_us,
+        )
+        self.follower = Follower(
+            self.registry,
+            before_change=lambda residents: self.holder.widen(residents),
+            load=self._load,
+            load_index=self._load_index,
+        )
 
     def pin(self) -> ResidentSet | None:
         """The set that a request keeps from its entry to its reply."""
         return self.follower.current
 
-    def load_index(self) -> None:
-        """The index of what serves now, if its snapshot is there."""
-        current = self.follower.current
-        if current is not None:
-            with contextlib.suppress(CheckpointError):
-                self.index = read_snapshot(self.registry, current.serving.embedding_version)
+    def _load(self, release_id: str) -> Loaded:
+        release = self.registry.load(release_id)
+        return Loaded(release.manifest, TaggedHead(release, self._base_s))
 
-    def lease(self) -> Lease | None:
-        """What it would tell the registry now."""
-        current = self.follower.current
-        if current is None:
-            return None
-        now_us = self._world.now_us + self.clock_us
-        leased = tuple(
-            Leased(
-                release_id=r.release_id,
-                role=r.role.value,
-                state_version=r.state_version,
-                embedding_version=r.embedding_version,
-                has_items=True,
-                canary="unknown",
-            )
-            for r in current.residents
-        )
-        return Lease(
-            server_id=self.name,
-            address="",
-            epoch=current.epoch,
-            releases=leased,
-            written_at_us=now_us,
-            expires_at_us=now_us + LEASE_US,
-        )
-
-
-def index_fits(index: ItemIndex, resident: Resident) -> bool:
-    """User and item embeddings meet only within one embedding_version."""
-    return index.embedding_version == resident.embedding_version
-
-
-def retrieve(index: ItemIndex | None, answered: Answered) -> list[int]:
-    """Ids of the best items for an answer. Raises StateMismatch where the index is not of its version."""
-    if index is None or not index_fits(index, answered.resident):
-        raise StateMismatch("no index of this embedding_version")
-    embedding = np.nan_to_num(answered.embedding_E)[None]
-    return [index.item_ids[int(row)].as_py() for row in index.search(embedding, 2).row_BK[0]]
+    def _load_index(self, embedding_version: str) -> ItemIndex | None:
+        """The version's items, or, mixed up, those of another version that has some."""
+        versions = self.registry.names(FOLDER)
+        if self.mixes_up_items:
+            versions = [version for version in versions if version != embedding_version]
+            embedding_version = versions[0] if versions else embedding_version
+        return read_snapshot(self.registry, embedding_version) if embedding_version in versions else None
 
 
 @dataclass(frozen=True)
@@ -423,7 +409,6 @@ class World:
         self.jobs: list[Job] = []
         self.rows: dict[tuple[int, str], Row] = {}
         """What must stand in Redis."""
-        self.leases: dict[str, tuple[Lease, int]] = {}
         self.collector: Collector | None = None
         self.store = HookedStore(site)
         self.views = {version: layout.view_name(version) for version in VERSIONS}
@@ -431,6 +416,7 @@ class World:
             name for view in self.views.values() for name in (*layout.row_fields(view), layout.fence_field(view))
         ]
         self.servers: list[Serving] = []
+        self.gone: list[Serving] = []
 
     def begin(self) -> None:
         """The first release serves, one run is written, two servers are up. Raises Violation."""
@@ -438,11 +424,9 @@ class World:
         write_snapshot(self.registry, RELEASES[RELEASE_IDS[0]])  # type: ignore[arg-type]
         self._start(run=1)
         self._write_all(self.jobs[0])
-        self.servers = [Serving("server-0", self, 0), Serving("server-1", self, -250 * SECOND_US)]
+        self.servers = [Serving("server-0.0", self, 0), Serving("server-1.0", self, -250 * SECOND_US)]
         for server in self.servers:
-            server.follower.refresh()
-            self._lease(server)
-        self.servers[0].load_index()
+            self._refresh(server)
 
     # Operations: each takes dice and does nothing where it has nothing to do.
 
@@ -562,15 +546,12 @@ class World:
             server.registry.shows = self.moves[dice.pick(sorted(self.moves))]
         elif dice.once_in(8):
             server.registry.failures = dice.pick((1, 2))
-        server.follower.refresh()
+        server.mixes_up_items = dice.once_in(8)
+        self._refresh(server)
         shown, server.registry.shows, server.registry.failures = server.registry.shows, None, 0
+        server.mixes_up_items = False
         at = server.follower.pointer.epoch
         self.note(f"{server.name} looks at the pointer{f' (is shown epoch {shown.epoch})' if shown else ''}: {at}")
-
-    def load_index(self, dice: Dice) -> None:
-        server = dice.pick(self.servers)
-        server.load_index()
-        self.note(f"{server.name} loads its index: {server.index.embedding_version if server.index else None}")
 
     def build_index(self, dice: Dice) -> None:
         pointer = self.registry.pointer()
@@ -580,15 +561,21 @@ class World:
 
     def lease(self, dice: Dice) -> None:
         server = dice.pick(self.servers)
-        self._lease(server)
-        self.note(f"{server.name} writes its lease")
+        server.holder.renew()
+        self._check_lease(server)
+        self.note(f"{server.name} renews its lease")
 
     def restart(self, dice: Dice) -> None:
-        place = dice.pick(range(len(self.servers)))
+        self._restart(dice.pick(range(len(self.servers))))
+
+    def _restart(self, place: int) -> None:
+        """Killed and started again, as another server to the registry; the old lease runs out by itself."""
         old = self.servers[place]
-        self.servers[place] = Serving(old.name, self, old.clock_us)
-        self.servers[place].follower.refresh()
-        self.note(f"{old.name} restarts")
+        self.gone.append(old)
+        name, _, life = old.name.rpartition(".")
+        self.servers[place] = Serving(f"{name}.{int(life) + 1}", self, old.clock_us)
+        self._refresh(self.servers[place])
+        self.note(f"{old.name} is killed and started again")
 
     def request(self, dice: Dice) -> None:
         server = dice.pick(self.servers)
@@ -602,9 +589,12 @@ class World:
             f"{', and follows the pointer meanwhile' if refresh_meanwhile else ''}"
         )
         if refresh_meanwhile:
-            self.store.after_fetch = server.follower.refresh
+            self.store.after_fetch = lambda: self._refresh(server)
         try:
             self._request(server, accept_previous, expected)
+            self._retrieve(
+                server, Request(USERS[0], Context(), time.monotonic() + 60, False, expected, accept_previous)
+            )
         finally:
             self.store.after_fetch = lambda: None
 
@@ -760,20 +750,27 @@ class World:
         wanted = {key: row for key, row in self.rows.items() if key[0] in users}
         check(found == wanted, "store", f"wanted {wanted}, there is {found}")
 
-    def _lease(self, server: Serving) -> None:
-        lease = server.lease()
-        if lease is not None:
-            write_lease(self.registry, lease)
-            self.leases[server.name] = (lease, server.clock_us)
+    def _refresh(self, server: Serving) -> None:
+        server.follower.refresh()
+        self._check_lease(server)
+
+    def _check_lease(self, server: Serving) -> None:
+        """A lease is never behind what is in use."""
+        current = server.follower.current
+        if current is None or (server.lease is not None and not server.lease.is_live(self.now_us + server.clock_us)):
+            return
+        named = set() if server.lease is None else {leased.release_id for leased in server.lease.releases}
+        used = {resident.release_id for resident in current.residents}
+        check(used <= named, "leased", f"{server.name} uses {sorted(used)}, its lease names {sorted(named)}")
 
     def _reachable(self) -> tuple[set[str], set[str]]:
         """State and embedding versions that the pointer or a lease reaches that its own server takes for live."""
         manifests = [RELEASES[name].manifest for name in self.registry.pointer().resident()]
         leased = [
             leased
-            for lease, clock_us in self.leases.values()
-            if lease.is_live(self.now_us + clock_us)
-            for leased in lease.releases
+            for server in (*self.servers, *self.gone)
+            if server.lease is not None and server.lease.is_live(self.now_us + server.clock_us)
+            for leased in server.lease.releases
         ]
         named = [*manifests, *leased]
         return {m.state_version for m in named}, {m.embedding_version for m in named}
@@ -834,20 +831,37 @@ class World:
             if isinstance(result, TowerError):
                 check(isinstance(result, StateMismatch) and expected, "crash", f"{type(result).__name__}: {result}")
                 continue
-            self._check_answer(server, user, result, now_us, at_entry, expected, accept_previous)
+            self._check_answer(server, result, requests[0], user, now_us, at_entry)
+            row = self.rows.get((user, at_entry.serving.state_version))
+            if not expected and not self.site.is_down and row is not None and row.is_sound:
+                is_used = result.answer is Answer.EXACT and result.embedding_E[3] == row.run
+                check(is_used, "used", f"{result.answer.name} {result.reason}; there is {row}")
             answers.append(result)
         return answers
 
+    def _retrieve(self, server: Serving, request: Request) -> bool:
+        """Whether there were items for the first user."""
+        at_entry = server.follower.current
+        if at_entry is None:
+            return False
+        now_us = (self.site.base_s + 1_000_000) * SECOND_US
+        try:
+            found = retrieve(request, 2, at_entry, self.store, now_us=now_us, store_timeout_s=30)
+        except StateMismatch:
+            return False
+        self._check_answer(server, found.answered, request, USERS[0], now_us, at_entry)
+        resident = found.answered.resident
+        tags = {item // 10 for item in found.item_ids if isinstance(item, int)}
+        is_one = tags == {RELEASES[resident.release_id].number}
+        told = f"{resident.release_id} with items {found.item_ids} of {found.index_embedding_version}"
+        check(is_one and found.index_embedding_version == resident.embedding_version, "items", told)
+        self.site.counts["items"] += 1
+        return True
+
     def _check_answer(
-        self,
-        server: Serving,
-        user: int,
-        answered: Answered,
-        now_us: int,
-        at_entry: ResidentSet,
-        expected: str,
-        accept_previous: bool,
+        self, server: Serving, answered: Answered, request: Request, user: int, now_us: int, at_entry: ResidentSet
     ) -> None:
+        expected, accept_previous = request.expected_embedding_version, request.accept_previous
         resident = answered.resident
         release = RELEASES[resident.release_id]
         number, version, owner, run, _, until = answered.embedding_E[:6].tolist()
@@ -871,14 +885,7 @@ class World:
         check(not expected or resident.embedding_version == expected, "accepted", told)
         is_accepted = accept_previous or expected or answered.answer is not Answer.PREVIOUS_RELEASE
         check(is_accepted, "accepted", told)
-        row = self.rows.get((user, at_entry.serving.state_version))
-        if not expected and not self.site.is_down and row is not None and row.is_sound:
-            check(answered.answer is Answer.EXACT and run == row.run, "used", f"{told}; there is {row}")
         self.site.counts[f"answer {answered.answer.name}"] += 1
-        with contextlib.suppress(StateMismatch):
-            items = retrieve(server.index, answered)
-            self.site.counts["items"] += 1
-            check(all(item // 10 == number for item in items), "items", f"{told}; items {items}")
 
     def settle(self) -> None:
         """All is quiet; what must be so then."""
@@ -902,8 +909,9 @@ class World:
         self._start(self.last_run + 1)
         self._write_all(self.jobs[-1])
         write_snapshot(self.registry, RELEASES[pointer.serving])  # type: ignore[arg-type]
+        self._restart(0)
         for server in self.servers:
-            server.follower.refresh()
+            self._refresh(server)
             current = server.follower.current
             assert current is not None
             resident = [r.release_id for r in current.residents]
@@ -913,9 +921,8 @@ class World:
             answers = self._request(server)
             check(len(answers) == len(USERS), "converged", there)
             check(all(answer.answer is Answer.EXACT for answer in answers), "converged", there)
-        self.servers[0].load_index()
-        for answer in self._request(self.servers[0]):
-            check(retrieve(self.servers[0].index, answer), "converged", answer)
+        has_items = self._retrieve(self.servers[0], Request(USERS[0], Context(), time.monotonic() + 60))
+        check(has_items, "converged", f"{self.servers[0].name} finds no items")
         self._empty()
 
     def _empty(self) -> None:
@@ -926,6 +933,7 @@ class World:
             collect.collect(self.registry, self.site.collectors, None, now_us=lambda: self.now_us)
         wanted = {key: row for key, row in self.rows.items() if key[1] in self._named_versions()}
         found = self._read(USERS)
+        check(found.items() >= wanted.items(), "collected", f"wanted {wanted}, there is {found}")
         check(found == wanted, "emptied", f"wanted {wanted}, there is {found}")
         manifests = [RELEASES[name].manifest for name in self.registry.pointer().resident()]
         left = set(self.registry.names(FOLDER)) - {manifest.embedding_version for manifest in manifests}
@@ -940,7 +948,7 @@ def state_of(version: int, user: int, run: int, token: int) -> NDArray[np.float3
 # Walks
 
 WEIGHTS = {
-    "look": 2, "move": 9, "start_job": 4, "write": 9, "damage": 3, "refresh": 7, "load_index": 2, "build_index": 2,
+    "look": 2, "move": 9, "start_job": 4, "write": 9, "damage": 3, "refresh": 7, "build_index": 2,
     "lease": 3, "restart": 1, "request": 9, "redis_goes": 1, "redis_comes": 3, "wait": 3, "collect": 9,
 }  # fmt: skip
 
@@ -1093,9 +1101,12 @@ GUARDS = {
         _swap(ResidentSet, "candidates", _all_candidates),
     ),
     "index_version": Guard(
-        "an index meets only embeddings of its version",
-        "items",
-        _swap(sys.modules[__name__], "index_fits", lambda *_: True),
+        "an index meets only embeddings of its version", "items", _swap(guard, "index_matches", lambda *_: True)
+    ),
+    "lease_first": Guard(
+        "a server's lease names a set before the set is in use",
+        "leased",
+        _swap(LeaseHolder, "widen", lambda holder, residents: None),
     ),
     "expected_epoch": Guard(
         "a move names the epoch that its operator saw",
