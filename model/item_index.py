@@ -136,18 +136,31 @@ def read_snapshot(registry: Registry, embedding_version: str) -> ItemIndex:
     written, data = registry.get(f"{folder}/manifest.json"), registry.get(f"{folder}/items.parquet")
     if written is None or data is None:
         raise CheckpointError(f"{registry.uri} has no item snapshot of embedding version {embedding_version}")
-    manifest = json.loads(written)
-    if manifest["format"] != FORMAT or manifest["embedding_version"] != embedding_version:
+    try:
+        manifest = json.loads(written)
+        told = manifest["format"], manifest["embedding_version"]
+        shape = manifest["items"], manifest["width"]
+        sha256 = manifest["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"manifest.json in {folder} cannot be read: {error!r}") from None
+    if told != (FORMAT, embedding_version):
         raise CheckpointError(
-            f"the item snapshot in {folder} says {manifest['format']}, version {manifest['embedding_version']}; "
+            f"the item snapshot in {folder} says {told[0]}, version {told[1]}; "
             f"wanted {FORMAT}, version {embedding_version}"
         )
     found = hashlib.sha256(data).hexdigest()
-    if found != manifest["sha256"]:
+    if found != sha256:
         raise CheckpointError(
             f"the item snapshot of embedding version {embedding_version} was altered or torn: SHA-256 {found[:16]}, "
-            f"its manifest says {manifest['sha256'][:16]}"
+            f"its manifest says {str(sha256)[:16]}"
         )
     table = pq.read_table(io.BytesIO(data))
-    embeddings = table["embedding"].combine_chunks().flatten().to_numpy().reshape(manifest["items"], manifest["width"])
-    return ItemIndex(embedding_version, table["item_id"].combine_chunks(), torch.from_numpy(embeddings.copy()))
+    values = table["embedding"].combine_chunks().flatten().to_numpy()
+    if (table.num_rows, values.size) != (shape[0], shape[0] * shape[1]):
+        raise CheckpointError(
+            f"the item snapshot in {folder} holds {table.num_rows} items and {values.size} numbers, its manifest says "
+            f"{shape[0]} items of width {shape[1]}"
+        )
+    return ItemIndex(
+        embedding_version, table["item_id"].combine_chunks(), torch.from_numpy(values.reshape(shape).copy())
+    )

@@ -24,7 +24,11 @@ One line on stdout says when requests are answered:
 Until a release is committed to the registry the health service says NOT_SERVING and the line waits.
 
 The service follows the registry's pointer: a commit or a rollback needs no restart. A release whose golden inputs give
-other results on this machine is refused, and the one that serves stays.
+other results on this machine is refused, and the one that serves stays. While it runs, each process holds a lease
+(<registry>/leases) that names what it has loaded; a registry that cannot be written is told in log and metrics.
+
+Retrieve (hybridtower.v1.Recommender) searches the items of the answering release's own embedding version. Until
+`tower-release prepare` has written them, Embed works and Retrieve says FAILED_PRECONDITION.
 
 SIGTERM or SIGINT: health says NOT_SERVING at once; requests are still taken for --notice-s, so that load balancers can
 look away; then requests in progress get --drain-s to end.
@@ -68,6 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
         "longest idle time you want served (default: any age)")  # fmt: skip
     add("--poll-ms", type=float, default=1000.0, metavar="MS",
         help="how often to look at the serving pointer (default: %(default)s)")  # fmt: skip
+    add("--lease-s", type=float, default=30.0, metavar="S",
+        help="how long the registry counts on this process without hearing from it; what a live lease names is not "
+        "collected (default: %(default)s)")  # fmt: skip
+    add("--canary-s", type=float, default=10.0, metavar="S",
+        help="how often to check the canary users of each loaded release; 0: never (default: %(default)s)")  # fmt: skip
     add("--notice-s", type=float, default=1.0, metavar="S",
         help="after SIGTERM, time for load balancers to look away (default: %(default)s)")  # fmt: skip
     add("--drain-s", type=float, default=10.0, metavar="S",

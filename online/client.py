@@ -1,4 +1,4 @@
-"""A small typed client of the UserTower service."""
+"""A small typed client of the services UserTower and Recommender."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from model.records import Context, Id
 from online.generated import tower_pb2 as pb
 
 _SERVICE = "/hybridtower.v1.UserTower/"
+_RECOMMENDER = "/hybridtower.v1.Recommender/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,25 @@ class Embedding:
     epoch: int
     state_version: str
     embedding_version: str
+    state_age_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """A reply of Retrieve; what it says of the embedding is as in `Embedding`."""
+
+    item_ids: list[Id]
+    """Best first."""
+    scores: NDArray[np.float32]
+    """f32 [K]: dot products of the user's and the items' embeddings."""
+    answer: str
+    reason: str
+    release_id: str
+    epoch: int
+    state_version: str
+    embedding_version: str
+    index_embedding_version: str
+    """Of the index that was searched; always equal to embedding_version."""
     state_age_us: int
 
 
@@ -85,6 +105,9 @@ class UserTowerClient:
         self._embed_batch = self.channel.unary_unary(
             _SERVICE + "EmbedBatch", pb.EmbedBatchRequest.SerializeToString, pb.EmbedBatchReply.FromString
         )
+        self._retrieve = self.channel.unary_unary(
+            _RECOMMENDER + "Retrieve", pb.RetrieveRequest.SerializeToString, pb.RetrieveReply.FromString
+        )
 
     def embed(
         self,
@@ -107,6 +130,20 @@ class UserTowerClient:
             _embedding(row.reply) if row.HasField("reply") else RowError(_CODES[row.error.code], row.error.message)
             for row in reply.rows
         ]
+
+    def retrieve(
+        self,
+        user_id: Id,
+        context: Context | None = None,
+        *,
+        k: int = 0,
+        policy: str | None = None,
+        expected_embedding_version: str = "",
+        accept_previous_release: bool = False,
+    ) -> Retrieval:
+        """The k best items for one user; 0 for the server's default. The rest is as for `embed`."""
+        query = EmbedQuery(user_id, context, policy, expected_embedding_version, accept_previous_release)
+        return _retrieval(self._retrieve(pb.RetrieveRequest(query=write_query(query), k=k), timeout=self._timeout_s))
 
     def close(self) -> None:
         """Close the channel."""
@@ -159,5 +196,21 @@ def _embedding(reply: pb.EmbedReply) -> Embedding:
         epoch=reply.epoch,
         state_version=reply.state_version,
         embedding_version=reply.embedding_version,
+        state_age_us=reply.state_age_us,
+    )
+
+
+def _retrieval(reply: pb.RetrieveReply) -> Retrieval:
+    ids = [item.item_id for item in reply.items]
+    return Retrieval(
+        item_ids=[i.string_id if i.WhichOneof("kind") == "string_id" else i.int_id for i in ids],
+        scores=np.array([item.score for item in reply.items], np.float32),
+        answer=_ANSWERS.get(reply.answer, str(reply.answer)),
+        reason=reply.reason,
+        release_id=reply.release_id,
+        epoch=reply.epoch,
+        state_version=reply.state_version,
+        embedding_version=reply.embedding_version,
+        index_embedding_version=reply.index_embedding_version,
         state_age_us=reply.state_age_us,
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from feature_repo import layout
@@ -45,6 +46,16 @@ class Answered:
     answer: Answer
     reason: str
     state_age_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """The best items of one user, best first, and the embedding they were searched with."""
+
+    answered: Answered
+    index_embedding_version: str
+    item_ids: list[Id]
+    score_K: NDArray[np.float32]
 
 
 def process_batch(
@@ -117,6 +128,47 @@ def process_batch(
                 embedding_E, verdict.resident, residents.epoch, verdict.answer, verdict.reason, age_us
             )
     return _complete(results)
+
+
+def retrieve(
+    request: Request,
+    k: int,
+    residents: ResidentSet,
+    store: StateStore,
+    *,
+    now_us: int,
+    store_timeout_s: float,
+    max_state_age_us: int | None = None,
+    clock: Callable[[], float] = monotonic,
+) -> Retrieved:
+    """The k best items by an embedding made as process_batch makes it, from the answering release's own index.
+
+    Raises the errors of process_batch, and StateMismatch where no release that the caller accepts has an index.
+    """
+    searchable = guard.searchable(
+        residents,
+        expected_embedding_version=request.expected_embedding_version,
+        accept_previous=request.accept_previous,
+    )
+    (answered,) = process_batch(
+        [request],
+        searchable,
+        store,
+        now_us=now_us,
+        store_timeout_s=store_timeout_s,
+        max_state_age_us=max_state_age_us,
+        clock=clock,
+    )
+    if isinstance(answered, TowerError):
+        raise answered
+    late_s = clock() - request.deadline
+    if late_s >= 0:
+        raise DeadlineExceeded(f"the deadline passed {late_s * 1e3:.1f} ms before the search")
+    index = answered.resident.index
+    assert index is not None, "searchable releases have an index"
+    found = index.search(answered.embedding_E[None], k)
+    item_ids = index.item_ids.take(pa.array(found.row_BK[0])).to_pylist()
+    return Retrieved(answered, index.embedding_version, item_ids, found.score_BK[0])
 
 
 def _embed(rows: Sequence[tuple[int, Verdict]], requests: Sequence[Request]) -> NDArray[np.float32]:

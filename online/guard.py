@@ -7,11 +7,12 @@ reply carries.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from feature_repo import layout
 from model.errors import StateMismatch, StoreUnavailable
+from model.item_index import ItemIndex
 from model.records import UserState
 from online.residents import Resident, ResidentSet, Role, View
 
@@ -181,3 +182,26 @@ def decide(
         message = f"{why}: no usable state for release {first.release_id} (state_version {first.state_version})"
         raise StoreUnavailable(message) if values is None else StateMismatch(message)
     return Verdict(first, Answer.COLD_START, None, why)
+
+
+def index_matches(resident: Resident, index: ItemIndex) -> bool:
+    """The index holds items of the space that the release's user embeddings live in."""
+    return index.embedding_version == resident.embedding_version
+
+
+def searchable(
+    residents: ResidentSet, *, expected_embedding_version: str = "", accept_previous: bool = False
+) -> ResidentSet:
+    """The set with only those releases that the caller accepts and that have a matching index: `decide` picks among
+    them. Raises StateMismatch where there is none."""
+    accepted = residents.candidates(expected_embedding_version, accept_previous)
+    matching = tuple(r for r in accepted if r.index is not None and index_matches(r, r.index))
+    if not matching:
+        wanted = expected_embedding_version or " or ".join(r.embedding_version for r in accepted)
+        there = ", ".join(f"{r.embedding_version} ({r.role.value}, {_items(r.index)})" for r in residents.residents)
+        raise StateMismatch(f"no items of embedding_version {wanted!r} to search; loaded: {there}")
+    return replace(residents, residents=matching)
+
+
+def _items(index: ItemIndex | None) -> str:
+    return "no items" if index is None else f"items of {index.embedding_version}"

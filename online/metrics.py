@@ -1,9 +1,12 @@
 """What the service tells Prometheus. One registry a process, so that tests and workers do not share counters."""
 
+from collections.abc import Mapping
 from wsgiref.simple_server import WSGIServer
 
 import prometheus_client as prom
 
+from model.leases import Lease
+from online.canary import FAILED, PASSED, Check
 from online.engine import Answered
 from online.residents import ResidentSet
 
@@ -43,8 +46,34 @@ class Metrics:
             "tower_loaded_releases", "1 for each loaded release.",
             ["release", "role", "state_version", "embedding_version"], registry=self.registry,
         )  # fmt: skip
+        self._items = prom.Gauge(
+            "tower_index_items", "Items that Retrieve searches; absent where none are loaded.", ["release"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._lease_expires = prom.Gauge(
+            "tower_lease_expires_seconds", "Unix time at which the registry's lease of this process runs out.",
+            registry=self.registry,
+        )  # fmt: skip
+        self._lease_failures = prom.Counter(
+            "tower_lease_failures", "Leases that could not be written.", registry=self.registry
+        )
+        self._canary_passed = prom.Gauge(
+            "tower_canary_passed", "1 passed, 0 failed; absent while unknown.", ["release"], registry=self.registry
+        )
+        self._canary_difference = prom.Gauge(
+            "tower_canary_difference", "Largest |difference| to the golden outputs.", ["release", "part"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._canary_failures = prom.Counter(
+            "tower_canary_failures", "Canary rows, states or embeddings that were wrong.", ["release", "part"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._canary_as_of = prom.Gauge(
+            "tower_canary_as_of_seconds", "As-of time of the oldest canary row: how far publishing has come.",
+            ["release"], registry=self.registry,
+        )  # fmt: skip
         self._row_counters: dict[tuple[str, str, str], prom.Counter] = {}
-        self._latencies = {method: self._latency.labels(method) for method in ("Embed", "EmbedBatch")}
+        self._latencies = {method: self._latency.labels(method) for method in ("Embed", "EmbedBatch", "Retrieve")}
 
     def answered(self, row: Answered) -> None:
         """Count one embedding."""
@@ -69,15 +98,40 @@ class Metrics:
         self._store_errors.labels(kind).inc()
 
     def release_refused(self, kind: str) -> None:
-        """Count one refusal: golden, checkpoint, lower_epoch or registry."""
+        """Count one refusal: golden, checkpoint, item_index, lower_epoch or registry."""
         self._refusals.labels(kind).inc()
 
     def loaded(self, residents: ResidentSet) -> None:
         """Show what is loaded now."""
         self._epoch.set(residents.epoch)
         self._releases.clear()
+        self._items.clear()
         for r in residents.residents:
             self._releases.labels(r.release_id, r.role.value, r.state_version, r.embedding_version).set(1)
+            if r.index is not None:
+                self._items.labels(r.release_id).set(len(r.index.item_ids))
+
+    def lease_written(self, lease: Lease) -> None:
+        """Show how long the lease lasts."""
+        self._lease_expires.set(lease.expires_at_us * 1e-6)
+
+    def lease_failed(self) -> None:
+        """Count one lease that could not be written."""
+        self._lease_failures.inc()
+
+    def canaries_checked(self, checks: Mapping[str, Check]) -> None:
+        """Show what the canaries of each loaded release say."""
+        for gauge in (self._canary_passed, self._canary_difference, self._canary_as_of):
+            gauge.clear()
+        for release_id, check in checks.items():
+            if check.verdict in (PASSED, FAILED):
+                self._canary_passed.labels(release_id).set(check.verdict == PASSED)
+            for part, difference in check.differences.items():
+                self._canary_difference.labels(release_id, part).set(difference)
+            for part, _ in check.failures:
+                self._canary_failures.labels(release_id, part).inc()
+            if check.as_of_us is not None:
+                self._canary_as_of.labels(release_id).set(check.as_of_us * 1e-6)
 
     def serve(self, host: str, port: int) -> WSGIServer:
         """Answer GET /metrics from a thread of its own; port 0 picks a free one (`server_port`)."""

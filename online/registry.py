@@ -4,23 +4,32 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from time import monotonic
 
+from model.canary import canaries
 from model.errors import CheckpointError, GoldenMismatch, TowerError
+from model.item_index import ItemIndex, check_golden, has_snapshot, read_snapshot
 from model.release import Pointer, Registry, Release
 from online.head import ServingHead
-from online.residents import Head, Manifest, ResidentSet, Role, resident_set
+from online.residents import Head, Loaded, ResidentSet, Role, resident_set
 
 log = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    manifest: Manifest
-    head: Head
+def load_release(registry: Registry, release_id: str, make_head: Callable[[Release], Head] = ServingHead) -> Loaded:
+    """A release as the service needs it, without its items. Raises CheckpointError, GoldenMismatch, OSError."""
+    release = registry.load(release_id, parts=("head", "items"), replay=True)
+    head = make_head(release)
+    return Loaded(release.manifest, head, tuple(canaries(release)), lambda index: check_golden(index, release))
+
+
+def _load_index(registry: Registry, embedding_version: str) -> ItemIndex | None:
+    """The items of a version; None where there is no snapshot. Raises CheckpointError, OSError."""
+    return read_snapshot(registry, embedding_version) if has_snapshot(registry, embedding_version) else None
 
 
 class Follower:
@@ -29,6 +38,9 @@ class Follower:
     A release is loaded, its golden inputs replayed and its serving head compared before it can be seen by a request.
     If the new serving release fails, the old set stays; if only the prepared or previous one fails, the set goes
     without it. A lower epoch than the one in use is refused.
+
+    Each release brings the items of its embedding version where there are any. Without them it still embeds; they are
+    looked for again now and then.
     """
 
     def __init__(
@@ -36,22 +48,30 @@ class Follower:
         registry: Registry,
         *,
         poll_s: float = 1.0,
+        before_change: Callable[[ResidentSet], None] = lambda residents: None,
         on_change: Callable[[ResidentSet], None] = lambda residents: None,
         on_refusal: Callable[[str, str], None] = lambda release_id, kind: None,
-        make_head: Callable[[Release], Head] = ServingHead,
+        load: Callable[[str], Loaded] | None = None,
+        load_index: Callable[[str], ItemIndex | None] | None = None,
     ) -> None:
-        """on_change: told each new set. on_refusal: told (release id or "", kind) of what was not taken:
-        golden, checkpoint, lower_epoch or registry."""
+        """before_change: told each new set before a request can see it; on_change: afterwards.
+
+        on_refusal: told (release id or "", kind) of what was not taken: golden, checkpoint, item_index, lower_epoch or
+        registry. load, load_index: a release by its id and items by their embedding version; the registry's by default.
+        """
         self.current: ResidentSet | None = None
         """The set to pin; None until the first release is loaded. Replaced, never changed."""
         self.pointer = Pointer()
         """The pointer that `current` was loaded for."""
         self._registry = registry
         self._poll_s = poll_s
-        self._on_change = on_change
+        self._before_change, self._on_change = before_change, on_change
         self._on_refusal = on_refusal
-        self._make_head = make_head
-        self._loaded: dict[str, _Loaded] = {}
+        self._load_new = load or partial(load_release, registry)
+        self._load_new_index = load_index or partial(_load_index, registry)
+        self._loaded: dict[str, Loaded] = {}
+        self._indexes: dict[str, ItemIndex] = {}
+        self._without_items: set[str] = set()
         self._refused: Pointer | None = None
         self._incomplete = False
         self._retry_at = 0.0
@@ -97,7 +117,7 @@ class Follower:
             return
         if pointer == self._refused and monotonic() < self._retry_at:
             return
-        loaded: dict[Role, tuple[Manifest, Head]] = {}
+        loaded: dict[Role, Loaded] = {}
         named = {Role.SERVING: pointer.serving, Role.PREVIOUS: pointer.previous, Role.PREPARED: pointer.prepared}
         seen: set[str] = set()
         self._incomplete = False
@@ -109,7 +129,7 @@ class Follower:
                 try:
                     part = self._load(release_id)
                     if role is not Role.SERVING:
-                        resident_set(pointer.epoch, {**loaded, role: (part.manifest, part.head)})
+                        resident_set(pointer.epoch, {**loaded, role: part})
                 except (TowerError, OSError) as error:
                     self._report(release_id, role, error)
                     if role is Role.SERVING:
@@ -117,13 +137,21 @@ class Follower:
                     if not isinstance(error, GoldenMismatch):
                         self._incomplete, self._retry_at = True, monotonic() + _RETRY_AFTER_S
                     continue
-                loaded[role] = (part.manifest, part.head)
-            residents = resident_set(pointer.epoch, loaded)
+                loaded[role] = part
+            residents = resident_set(
+                pointer.epoch, {role: replace(part, index=self._index(part)) for role, part in loaded.items()}
+            )
         except (TowerError, OSError) as error:
             wait_s = math.inf if isinstance(error, GoldenMismatch) else _RETRY_AFTER_S  # golden outputs stay wrong
             self._refused, self._retry_at = pointer, monotonic() + wait_s
             return
         self._loaded = {name: part for name, part in self._loaded.items() if name in seen}
+        versions = {part.manifest.embedding_version for part in self._loaded.values()}
+        self._indexes = {version: index for version, index in self._indexes.items() if version in versions}
+        self._without_items &= versions
+        if pointer == self.pointer and self.current is not None and _is_same(residents, self.current):
+            return
+        self._before_change(residents)
         self.pointer = pointer
         self.current = residents
         self._on_change(residents)
@@ -131,14 +159,42 @@ class Follower:
             "epoch %d: %s", pointer.epoch, ", ".join(f"{r.role.value} {r.release_id}" for r in residents.residents)
         )
 
-    def _load(self, release_id: str) -> _Loaded:
+    def _load(self, release_id: str) -> Loaded:
         if release_id not in self._loaded:
-            release = self._registry.load(release_id, parts=("head", "items"), replay=True)
-            self._loaded[release_id] = _Loaded(release.manifest, self._make_head(release))
+            self._loaded[release_id] = self._load_new(release_id)
         return self._loaded[release_id]
+
+    def _index(self, part: Loaded) -> ItemIndex | None:
+        """The items of a release's embedding version, shared by all releases of that version."""
+        release_id, version = part.manifest.release_id, part.manifest.embedding_version
+        index = self._indexes.get(version)
+        try:
+            if index is None:
+                index = self._load_new_index(version)
+            if index is not None:
+                part.check_index(index)
+                self._indexes[version] = index
+                self._without_items.discard(version)
+                return index
+        except (TowerError, OSError) as error:
+            log.error("refused the items of release %s (it embeds without them): %s", release_id, error)
+            self._on_refusal(release_id, "item_index")
+        else:
+            if version not in self._without_items:
+                log.warning("release %s has no item snapshot of embedding version %s yet", release_id, version)
+            self._without_items.add(version)
+        self._incomplete, self._retry_at = True, monotonic() + _RETRY_AFTER_S
+        return None
 
     def _report(self, release_id: str, role: Role, error: Exception) -> None:
         kept = f"epoch {self.pointer.epoch} stays" if role is Role.SERVING else "the set goes without it"
         log.error("refused %s release %s (%s): %s", role.value, release_id, kept, error)
         golden = "golden" if isinstance(error, GoldenMismatch) else "checkpoint"
         self._on_refusal(release_id, golden if isinstance(error, CheckpointError) else "registry")
+
+
+def _is_same(one: ResidentSet, other: ResidentSet) -> bool:
+    """Whether two sets hold the same releases in the same roles, with the same items."""
+    return [(r.role, r.release_id, r.index) for r in one.residents] == [
+        (r.role, r.release_id, r.index) for r in other.residents
+    ]

@@ -6,7 +6,7 @@ one and swapped in by one assignment, so a request sees the old set or the new o
 Legend: B requests, D state width, E embedding width, V views.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feature_repo import layout
+from model.canary import Canary
 from model.config import TowerConfig
 from model.dataset import DatasetDescription
 from model.errors import CheckpointError
+from model.item_index import ItemIndex
 from model.records import Context
 
 
@@ -49,6 +51,18 @@ class Head(Protocol):
     ) -> NDArray[np.float32]:
         """f32 [B, D] to f32 [B, E]."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a resident is made of, whatever its role will be."""
+
+    manifest: Manifest
+    head: Head
+    canaries: tuple[Canary, ...] = ()
+    check_index: Callable[[ItemIndex], None] = lambda index: None
+    """Raises CheckpointError for an index that this release must not be searched in."""
+    index: ItemIndex | None = None
 
 
 class Role(Enum):
@@ -85,6 +99,9 @@ class Resident:
     config: TowerConfig
     head: Head = field(compare=False)
     view: View
+    index: ItemIndex | None = field(compare=False, default=None)
+    """The items of its embedding_version; None where they are not loaded: it embeds, but cannot retrieve."""
+    canaries: tuple[Canary, ...] = field(compare=False, default=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,19 +135,20 @@ class ResidentSet:
         return self.residents[:1]
 
 
-def resident_set(epoch: int, loaded: Mapping[Role, tuple[Manifest, Head]]) -> ResidentSet:
+def resident_set(epoch: int, loaded: Mapping[Role, Loaded]) -> ResidentSet:
     """The immutable set of what is loaded.
 
-    loaded: manifest and head by role; the serving release must be among them.
+    loaded: by role; the serving release must be among them.
     Raises CheckpointError where two releases disagree on the kind of their ids or on the width of a shared state.
     """
     views: dict[str, View] = {}
     residents: list[Resident] = []
-    serving = loaded[Role.SERVING][0]
+    serving = loaded[Role.SERVING].manifest
     for role in (Role.SERVING, Role.PREVIOUS, Role.PREPARED):
         if role not in loaded:
             continue
-        manifest, head = loaded[role]
+        part = loaded[role]
+        manifest = part.manifest
         for name in ("user_id_type", "item_id_type"):
             wanted, found = getattr(serving.description, name), getattr(manifest.description, name)
             if wanted != found:
@@ -143,10 +161,20 @@ def resident_set(epoch: int, loaded: Mapping[Role, tuple[Manifest, Head]]) -> Re
         if view.d_model != width:
             raise CheckpointError(f"state_version {version} has width {view.d_model} and {width}; it must be one")
         residents.append(
-            Resident(role, manifest.release_id, version, manifest.embedding_version, manifest.config, head, view)
+            Resident(
+                role,
+                manifest.release_id,
+                version,
+                manifest.embedding_version,
+                manifest.config,
+                part.head,
+                view,
+                part.index,
+                part.canaries,
+            )
         )
     fields = [name for version in views for name in layout.row_fields(layout.view_name(version))]
-    manifests = [manifest for manifest, _ in loaded.values()]
+    manifests = [part.manifest for part in loaded.values()]
     return ResidentSet(
         epoch=epoch,
         residents=tuple(residents),

@@ -2,10 +2,12 @@
 
 import gc
 import logging
+import platform
 import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +20,13 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from model.errors import ConfigError
 from model.release import Registry, Release
-from online.generated import tower_pb2 as pb
+from online.canary import CanaryWatch
 from online.head import ServingHead
+from online.leases import LeaseHolder, new_server_id
 from online.metrics import Metrics
-from online.registry import Follower
+from online.registry import Follower, load_release
 from online.residents import Head, ResidentSet
-from online.servicer import SERVICE, BoundedPool, InPool, UserTower
+from online.servicer import RECOMMENDER, SERVICE, BoundedPool, InPool, UserTower
 from online.settings import Settings
 from online.stores.redis import RedisStore
 
@@ -31,7 +34,8 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """A running server. Health says SERVING from the first loaded release to the beginning of `drain`."""
+    """A running server. Health says SERVING from the first loaded release to the beginning of `drain`; that of the
+    Recommender only while the serving release has its items."""
 
     def __init__(
         self,
@@ -51,12 +55,14 @@ class Server:
         """Set once a release is loaded."""
         self.metrics = Metrics()
         self.store = RedisStore(settings.redis_url, on_error=self.metrics.store_failed)
+        registry = Registry(settings.registry)
         self.follower = Follower(
-            Registry(settings.registry),
+            registry,
             poll_s=settings.poll_ms * 1e-3,
+            before_change=lambda residents: self.lease.widen(residents),
             on_change=self._changed,
             on_refusal=lambda release_id, kind: self.metrics.release_refused(kind),
-            make_head=make_head,
+            load=partial(load_release, registry, make_head=make_head),
         )
         self._is_draining = False
         self._lock = threading.Lock()
@@ -76,12 +82,33 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(
             SimpleNamespace(Check=InPool(self._health.Check, side_pool), Watch=self._health.Watch), self._server
         )
-        names = (pb.DESCRIPTOR.services_by_name["UserTower"].full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, RECOMMENDER, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflector = reflection.ReflectionServicer(names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             SimpleNamespace(ServerReflectionInfo=InPool(reflector.ServerReflectionInfo, reflection_pool)), self._server
         )
         self.port = self._listen()
+        self.canaries = CanaryWatch(
+            current,
+            self.store,
+            every_s=settings.canary_s,
+            store_timeout_s=settings.store_timeout_ms * 1e-3,
+            on_checked=self.metrics.canaries_checked,
+            on_change=lambda: self.lease.rewrite(),
+            now_us=now_us,
+        )
+        host = platform.node() if settings.bind in ("0.0.0.0", "::") else settings.bind
+        self.lease = LeaseHolder(
+            registry,
+            server_id=new_server_id(),
+            address=f"{host}:{self.port}",
+            lease_s=settings.lease_s,
+            current=current,
+            verdict_of=self.canaries.verdict_of,
+            on_written=self.metrics.lease_written,
+            on_failure=self.metrics.lease_failed,
+            now_us=now_us,
+        )
         self._metrics_server: WSGIServer = self.metrics.serve(settings.bind, settings.metrics_port)
         self.metrics_port: int = self._metrics_server.server_port
         self._server.start()
@@ -89,6 +116,8 @@ class Server:
     def start(self) -> None:
         """Load what the pointer names and follow it. Returns without a release where there is none to load yet."""
         self.follower.start()
+        self.lease.start()
+        self.canaries.start()
 
     def drain(self) -> None:
         """Stop within notice_s + drain_s: say so, go on for a moment, take no more, finish what is in progress."""
@@ -106,6 +135,8 @@ class Server:
 
     def _close(self) -> None:
         self.follower.stop()
+        self.canaries.stop()
+        self.lease.stop()
         self._metrics_server.shutdown()
         self._metrics_server.server_close()
         for pool in self._pools:
@@ -113,16 +144,19 @@ class Server:
 
     def _changed(self, residents: ResidentSet) -> None:
         self.metrics.loaded(residents)
+        self.canaries.look_now()
         with self._lock:
             if not self._is_draining:
                 self._set_health(health_pb2.HealthCheckResponse.SERVING)
+                if residents.serving.index is None:
+                    self._health.set(RECOMMENDER, health_pb2.HealthCheckResponse.NOT_SERVING)
         if not self.ready.is_set():
             gc.collect()
             gc.freeze()  # what is loaded now stays; full collections need not walk it
             self.ready.set()
 
     def _set_health(self, status: Any) -> None:
-        for name in ("", SERVICE):
+        for name in ("", SERVICE, RECOMMENDER):
             self._health.set(name, status)
 
     def _listen(self) -> int:

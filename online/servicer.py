@@ -16,7 +16,7 @@ import grpc
 from model.errors import StateMismatch, StoreUnavailable, TowerError
 from online import wire
 from online.combining import Combiner
-from online.engine import Answered, Request, process_batch
+from online.engine import Answered, Request, process_batch, retrieve
 from online.errors import DeadlineExceeded, NotReady, Overloaded, RequestError
 from online.generated import tower_pb2 as pb
 from online.metrics import Metrics
@@ -27,6 +27,7 @@ from online.stores import StateStore
 log = logging.getLogger(__name__)
 
 SERVICE = "hybridtower.v1.UserTower"
+RECOMMENDER = "hybridtower.v1.Recommender"
 
 _STATUS: dict[type[Exception], grpc.StatusCode] = {
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -82,7 +83,7 @@ class InPool:
 
 
 class UserTower(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """The UserTower service. Replies leave as bytes that `online.wire` has spliced."""
+    """The services UserTower and Recommender. Replies leave as bytes that `online.wire` has spliced."""
 
     def __init__(
         self,
@@ -112,6 +113,9 @@ class UserTower(grpc.GenericRpcHandler):  # type: ignore[misc]
             f"/{SERVICE}/Embed": grpc.unary_unary_rpc_method_handler(self.embed, pb.EmbedRequest.FromString),
             f"/{SERVICE}/EmbedBatch": grpc.unary_unary_rpc_method_handler(
                 self.embed_batch, pb.EmbedBatchRequest.FromString
+            ),
+            f"/{RECOMMENDER}/Retrieve": grpc.unary_unary_rpc_method_handler(
+                self.retrieve, pb.RetrieveRequest.FromString
             ),
         }
         self._full = {
@@ -162,6 +166,28 @@ class UserTower(grpc.GenericRpcHandler):  # type: ignore[misc]
             self._abort(context, "EmbedBatch", error)
         finally:
             self._metrics.took("EmbedBatch", time.perf_counter() - started)
+
+    def retrieve(self, message: pb.RetrieveRequest, context: grpc.ServicerContext) -> bytes:
+        """Recommender/Retrieve."""
+        started = time.perf_counter()
+        try:
+            residents = self._pin()
+            request = self._read(message.query, residents, self._deadline(context))
+            retrieved = retrieve(
+                request,
+                wire.read_k(message),
+                residents,
+                self._store,
+                now_us=self._now_us(),
+                store_timeout_s=self._settings.store_timeout_ms * 1e-3,
+                max_state_age_us=self._max_age_us,
+            )
+            self._metrics.answered(retrieved.answered)
+            return wire.write_retrieved(retrieved)
+        except Exception as error:
+            self._abort(context, "Retrieve", error)
+        finally:
+            self._metrics.took("Retrieve", time.perf_counter() - started)
 
     def _refuse(self, method: str) -> Callable[[bytes, grpc.ServicerContext], bytes]:
         def refuse(message: bytes, context: grpc.ServicerContext) -> bytes:

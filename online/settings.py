@@ -35,6 +35,10 @@ class Settings:
     """Oldest state that is used; None for any age."""
     poll_ms: float = 1000.0
     """How often the serving pointer is looked at."""
+    lease_s: float = 30.0
+    """How long the registry takes a silent server for alive; the lease is renewed every third of it."""
+    canary_s: float = 10.0
+    """How often the canary users are checked; 0 for never."""
     notice_s: float = 1.0
     """After SIGTERM: how long requests are still taken while health already says NOT_SERVING."""
     drain_s: float = 10.0
@@ -53,8 +57,10 @@ class Settings:
         for name in ("deadline_ms", "store_timeout_ms", "poll_ms"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0 ms, got {getattr(self, name)}")
-        for name in ("max_queue", "notice_s", "drain_s"):
-            if getattr(self, name) < 0:
+        if not 0 < self.lease_s < float("inf"):
+            raise ConfigError(f"lease_s must be above 0 s, got {self.lease_s}")
+        for name in ("max_queue", "canary_s", "notice_s", "drain_s"):
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.max_state_age_s is not None and not self.max_state_age_s > 0:
             raise ConfigError(f"max_state_age_s must be above 0, got {self.max_state_age_s}")

@@ -13,7 +13,7 @@ from time import monotonic
 import numpy as np
 
 from model.records import Context, Event, Id, SubjectItem
-from online.engine import Answered, Request
+from online.engine import Answered, Request, Retrieved
 from online.errors import RequestError
 from online.generated import tower_pb2 as pb
 from online.guard import Answer
@@ -21,6 +21,9 @@ from online.residents import ResidentSet
 
 MAX_ROWS = 1024
 """Most requests in one EmbedBatch."""
+MAX_ITEMS = 1000
+"""Most items of one Retrieve."""
+DEFAULT_ITEMS = 100
 MAX_SESSION_EVENTS = 1000
 MAX_SUBJECT_ITEMS = 100
 MAX_TEXT = 1024
@@ -52,6 +55,13 @@ def read_request(
         expected_embedding_version=message.expected_embedding_version,
         accept_previous=message.accept_previous_release,
     )
+
+
+def read_k(message: pb.RetrieveRequest) -> int:
+    """How many items are asked for. Raises RequestError."""
+    if not 0 <= message.k <= MAX_ITEMS:
+        raise RequestError(f"k: wanted 1 to {MAX_ITEMS}, or 0 for {DEFAULT_ITEMS}, got {message.k}")
+    return message.k or DEFAULT_ITEMS
 
 
 _EMPTY = Context()
@@ -142,6 +152,29 @@ def write_reply(answered: Answered) -> bytes:
         answered.reason,
     )
     return fixed + floats + _STATE_AGE + _varint(answered.state_age_us)
+
+
+def write_retrieved(retrieved: Retrieved) -> bytes:
+    """A serialised RetrieveReply."""
+    answered = retrieved.answered
+    resident = answered.resident
+    reply = pb.RetrieveReply(
+        release_id=resident.release_id,
+        epoch=answered.epoch,
+        state_version=resident.state_version,
+        embedding_version=resident.embedding_version,
+        state_age_us=answered.state_age_us,
+        answer=_ANSWERS[answered.answer],
+        reason=answered.reason,
+        index_embedding_version=retrieved.index_embedding_version,
+    )
+    for item_id, score in zip(retrieved.item_ids, retrieved.score_K.tolist(), strict=True):
+        item = reply.items.add(score=score)
+        if isinstance(item_id, str):
+            item.item_id.string_id = item_id
+        else:
+            item.item_id.int_id = item_id
+    return reply.SerializeToString()
 
 
 _EMBEDDING = pb.EmbedReply.EMBEDDING_FIELD_NUMBER << 3 | 2

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1conline/generated/tower.proto\x12\x0ehybridtower.v1\"3\n\x02Id\x12\x10\n\x06int_id\x18\x01 \x01(\x03H\x00\x12\x13\n\tstring_id\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"]\n\x0cSessionEvent\x12#\n\x07item_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12\x12\n\nevent_type\x18\x02 \x01(\t\x12\x14\n\x0ctimestamp_us\x18\x03 \x01(\x03\"Z\n\x0bSubjectItem\x12#\n\x07item_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12\x17\n\nconfidence\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\r\n\x0b_confidence\"\x9f\x02\n\x07\x43ontext\x12\x37\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32%.hybridtower.v1.Context.FeaturesEntry\x12\x19\n\x0ctimestamp_us\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x34\n\x0esession_events\x18\x03 \x03(\x0b\x32\x1c.hybridtower.v1.SessionEvent\x12\x32\n\rsubject_items\x18\x04 \x03(\x0b\x32\x1b.hybridtower.v1.SubjectItem\x12\x14\n\x0cquery_vector\x18\x05 \x03(\x02\x1a/\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_timestamp_us\"\xca\x01\n\x0c\x45mbedRequest\x12#\n\x07user_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12(\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x17.hybridtower.v1.Context\x12&\n\x06policy\x18\x03 \x01(\x0e\x32\x16.hybridtower.v1.Policy\x12\"\n\x1a\x65xpected_embedding_version\x18\x04 \x01(\t\x12\x1f\n\x17\x61\x63\x63\x65pt_previous_release\x18\x05 \x01(\x08\"\xc2\x01\n\nEmbedReply\x12\x11\n\tembedding\x18\x01 \x03(\x02\x12\x12\n\nrelease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x15\n\rstate_version\x18\x04 \x01(\t\x12\x19\n\x11\x65mbedding_version\x18\x05 \x01(\t\x12\x14\n\x0cstate_age_us\x18\x06 \x01(\x03\x12&\n\x06\x61nswer\x18\x07 \x01(\x0e\x32\x16.hybridtower.v1.Answer\x12\x0e\n\x06reason\x18\x08 \x01(\t\"C\n\x11\x45mbedBatchRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.hybridtower.v1.EmbedRequest\")\n\x08RowError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"q\n\rEmbedBatchRow\x12+\n\x05reply\x18\x01 \x01(\x0b\x32\x1a.hybridtower.v1.EmbedReplyH\x00\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x18.hybridtower.v1.RowErrorH\x00\x42\x08\n\x06result\">\n\x0f\x45mbedBatchReply\x12+\n\x04rows\x18\x01 \x03(\x0b\x32\x1d.hybridtower.v1.EmbedBatchRow*J\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x15\n\x11POLICY_COLD_START\x10\x01\x12\x11\n\rPOLICY_STRICT\x10\x02*f\n\x06\x41nswer\x12\x16\n\x12\x41NSWER_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41NSWER_EXACT\x10\x01\x12\x1b\n\x17\x41NSWER_PREVIOUS_RELEASE\x10\x02\x12\x15\n\x11\x41NSWER_COLD_START\x10\x03\x32\xa0\x01\n\tUserTower\x12\x41\n\x05\x45mbed\x12\x1c.hybridtower.v1.EmbedRequest\x1a\x1a.hybridtower.v1.EmbedReply\x12P\n\nEmbedBatch\x12!.hybridtower.v1.EmbedBatchRequest\x1a\x1f.hybridtower.v1.EmbedBatchReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1conline/generated/tower.proto\x12\x0ehybridtower.v1\"3\n\x02Id\x12\x10\n\x06int_id\x18\x01 \x01(\x03H\x00\x12\x13\n\tstring_id\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"]\n\x0cSessionEvent\x12#\n\x07item_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12\x12\n\nevent_type\x18\x02 \x01(\t\x12\x14\n\x0ctimestamp_us\x18\x03 \x01(\x03\"Z\n\x0bSubjectItem\x12#\n\x07item_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12\x17\n\nconfidence\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\r\n\x0b_confidence\"\x9f\x02\n\x07\x43ontext\x12\x37\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32%.hybridtower.v1.Context.FeaturesEntry\x12\x19\n\x0ctimestamp_us\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x34\n\x0esession_events\x18\x03 \x03(\x0b\x32\x1c.hybridtower.v1.SessionEvent\x12\x32\n\rsubject_items\x18\x04 \x03(\x0b\x32\x1b.hybridtower.v1.SubjectItem\x12\x14\n\x0cquery_vector\x18\x05 \x03(\x02\x1a/\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_timestamp_us\"\xca\x01\n\x0c\x45mbedRequest\x12#\n\x07user_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12(\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x17.hybridtower.v1.Context\x12&\n\x06policy\x18\x03 \x01(\x0e\x32\x16.hybridtower.v1.Policy\x12\"\n\x1a\x65xpected_embedding_version\x18\x04 \x01(\t\x12\x1f\n\x17\x61\x63\x63\x65pt_previous_release\x18\x05 \x01(\x08\"\xc2\x01\n\nEmbedReply\x12\x11\n\tembedding\x18\x01 \x03(\x02\x12\x12\n\nrelease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x15\n\rstate_version\x18\x04 \x01(\t\x12\x19\n\x11\x65mbedding_version\x18\x05 \x01(\t\x12\x14\n\x0cstate_age_us\x18\x06 \x01(\x03\x12&\n\x06\x61nswer\x18\x07 \x01(\x0e\x32\x16.hybridtower.v1.Answer\x12\x0e\n\x06reason\x18\x08 \x01(\t\"C\n\x11\x45mbedBatchRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.hybridtower.v1.EmbedRequest\")\n\x08RowError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"q\n\rEmbedBatchRow\x12+\n\x05reply\x18\x01 \x01(\x0b\x32\x1a.hybridtower.v1.EmbedReplyH\x00\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x18.hybridtower.v1.RowErrorH\x00\x42\x08\n\x06result\">\n\x0f\x45mbedBatchReply\x12+\n\x04rows\x18\x01 \x03(\x0b\x32\x1d.hybridtower.v1.EmbedBatchRow\"I\n\x0fRetrieveRequest\x12+\n\x05query\x18\x01 \x01(\x0b\x32\x1c.hybridtower.v1.EmbedRequest\x12\t\n\x01k\x18\x02 \x01(\x05\"@\n\nScoredItem\x12#\n\x07item_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12\r\n\x05score\x18\x02 \x01(\x02\"\xfe\x01\n\rRetrieveReply\x12)\n\x05items\x18\x01 \x03(\x0b\x32\x1a.hybridtower.v1.ScoredItem\x12\x12\n\nrelease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x15\n\rstate_version\x18\x04 \x01(\t\x12\x19\n\x11\x65mbedding_version\x18\x05 \x01(\t\x12\x14\n\x0cstate_age_us\x18\x06 \x01(\x03\x12&\n\x06\x61nswer\x18\x07 \x01(\x0e\x32\x16.hybridtower.v1.Answer\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x1f\n\x17index_embedding_version\x18\t \x01(\t*J\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x15\n\x11POLICY_COLD_START\x10\x01\x12\x11\n\rPOLICY_STRICT\x10\x02*f\n\x06\x41nswer\x12\x16\n\x12\x41NSWER_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41NSWER_EXACT\x10\x01\x12\x1b\n\x17\x41NSWER_PREVIOUS_RELEASE\x10\x02\x12\x15\n\x11\x41NSWER_COLD_START\x10\x03\x32\xa0\x01\n\tUserTower\x12\x41\n\x05\x45mbed\x12\x1c.hybridtower.v1.EmbedRequest\x1a\x1a.hybridtower.v1.EmbedReply\x12P\n\nEmbedBatch\x12!.hybridtower.v1.EmbedBatchRequest\x1a\x1f.hybridtower.v1.EmbedBatchReply2Y\n\x0bRecommender\x12J\n\x08Retrieve\x12\x1f.hybridtower.v1.RetrieveRequest\x1a\x1d.hybridtower.v1.RetrieveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONTEXT_FEATURESENTRY']._loaded_options = None
   _globals['_CONTEXT_FEATURESENTRY']._serialized_options = b'8\001'
-  _globals['_POLICY']._serialized_start=1271
-  _globals['_POLICY']._serialized_end=1345
-  _globals['_ANSWER']._serialized_start=1347
-  _globals['_ANSWER']._serialized_end=1449
+  _globals['_POLICY']._serialized_start=1669
+  _globals['_POLICY']._serialized_end=1743
+  _globals['_ANSWER']._serialized_start=1745
+  _globals['_ANSWER']._serialized_end=1847
   _globals['_ID']._serialized_start=48
   _globals['_ID']._serialized_end=99
   _globals['_SESSIONEVENT']._serialized_start=101
@@ -59,6 +59,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EMBEDBATCHROW']._serialized_end=1205
   _globals['_EMBEDBATCHREPLY']._serialized_start=1207
   _globals['_EMBEDBATCHREPLY']._serialized_end=1269
-  _globals['_USERTOWER']._serialized_start=1452
-  _globals['_USERTOWER']._serialized_end=1612
+  _globals['_RETRIEVEREQUEST']._serialized_start=1271
+  _globals['_RETRIEVEREQUEST']._serialized_end=1344
+  _globals['_SCOREDITEM']._serialized_start=1346
+  _globals['_SCOREDITEM']._serialized_end=1410
+  _globals['_RETRIEVEREPLY']._serialized_start=1413
+  _globals['_RETRIEVEREPLY']._serialized_end=1667
+  _globals['_USERTOWER']._serialized_start=1850
+  _globals['_USERTOWER']._serialized_end=2010
+  _globals['_RECOMMENDER']._serialized_start=2012
+  _globals['_RECOMMENDER']._serialized_end=2101
 # @@protoc_insertion_point(module_scope)

@@ -135,3 +135,41 @@ class EmbedBatchReply(_message.Message):
     ROWS_FIELD_NUMBER: _ClassVar[int]
     rows: _containers.RepeatedCompositeFieldContainer[EmbedBatchRow]
     def __init__(self, rows: _Optional[_Iterable[_Union[EmbedBatchRow, _Mapping]]] = ...) -> None: ...
+
+class RetrieveRequest(_message.Message):
+    __slots__ = ("query", "k")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    query: EmbedRequest
+    k: int
+    def __init__(self, query: _Optional[_Union[EmbedRequest, _Mapping]] = ..., k: _Optional[int] = ...) -> None: ...
+
+class ScoredItem(_message.Message):
+    __slots__ = ("item_id", "score")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    item_id: Id
+    score: float
+    def __init__(self, item_id: _Optional[_Union[Id, _Mapping]] = ..., score: _Optional[float] = ...) -> None: ...
+
+class RetrieveReply(_message.Message):
+    __slots__ = ("items", "release_id", "epoch", "state_version", "embedding_version", "state_age_us", "answer", "reason", "index_embedding_version")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STATE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_VERSION_FIELD_NUMBER: _ClassVar[int]
+    STATE_AGE_US_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    INDEX_EMBEDDING_VERSION_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[ScoredItem]
+    release_id: str
+    epoch: int
+    state_version: str
+    embedding_version: str
+    state_age_us: int
+    answer: Answer
+    reason: str
+    index_embedding_version: str
+    def __init__(self, items: _Optional[_Iterable[_Union[ScoredItem, _Mapping]]] = ..., release_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state_version: _Optional[str] = ..., embedding_version: _Optional[str] = ..., state_age_us: _Optional[int] = ..., answer: _Optional[_Union[Answer, str]] = ..., reason: _Optional[str] = ..., index_embedding_version: _Optional[str] = ...) -> None: ...

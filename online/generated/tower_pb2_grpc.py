@@ -147,3 +147,83 @@ class UserTower:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class RecommenderStub:
+    """Recommendations from the item snapshot that the answering release was published with.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Retrieve = channel.unary_unary(
+                '/hybridtower.v1.Recommender/Retrieve',
+                request_serializer=online_dot_generated_dot_tower__pb2.RetrieveRequest.SerializeToString,
+                response_deserializer=online_dot_generated_dot_tower__pb2.RetrieveReply.FromString,
+                _registered_method=True)
+
+
+class RecommenderServicer:
+    """Recommendations from the item snapshot that the answering release was published with.
+    """
+
+    def Retrieve(self, request, context):
+        """Embed, then the best items of the release's catalogue. The embedding is searched only among items of its own
+        embedding_version, so only releases whose items are loaded can answer; all else is as for Embed.
+
+        Statuses are those of Embed, and
+        FAILED_PRECONDITION  no release that the caller accepts has its items loaded
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RecommenderServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Retrieve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Retrieve,
+                    request_deserializer=online_dot_generated_dot_tower__pb2.RetrieveRequest.FromString,
+                    response_serializer=online_dot_generated_dot_tower__pb2.RetrieveReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'hybridtower.v1.Recommender', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('hybridtower.v1.Recommender', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Recommender:
+    """Recommendations from the item snapshot that the answering release was published with.
+    """
+
+    @staticmethod
+    def Retrieve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hybridtower.v1.Recommender/Retrieve',
+            online_dot_generated_dot_tower__pb2.RetrieveRequest.SerializeToString,
+            online_dot_generated_dot_tower__pb2.RetrieveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

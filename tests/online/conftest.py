@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from model.release import Manifest
+from model.item_index import write_snapshot
+from model.release import Manifest, Registry
 from tests.online.helpers import Oracle, Rows, make_head_only
 from tests.releases import make_release
 
@@ -20,6 +21,11 @@ class World:
     b: Manifest
     h: Manifest
     oracle: Oracle
+
+    def write_items(self, *manifests: Manifest) -> None:
+        """The item snapshots of some releases."""
+        for manifest in manifests:
+            write_snapshot(Registry(self.registry), self.oracle.releases[manifest.release_id])
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from feature_repo import layout
+from model.canary import canary_ids, encode_canaries
 from model.records import Context, Event, SubjectItem, UserState
 from model.release import Manifest, Registry, Release
-from online.client import Embedding, UserTowerClient
+from online.client import Embedding, Retrieval, UserTowerClient
 from online.guard import Answer
-from online.residents import ResidentSet, Role, resident_set
+from online.residents import Loaded, ResidentSet, Role, resident_set
 from online.server import Server
 from online.settings import Settings
 from tests.releases import SMALL, make_tower
@@ -110,6 +111,29 @@ class Oracle:
             self._known[key] = (self.cold if is_cold else self.warm)(reply.release_id, user)
         return bool(np.abs(self._known[key] - reply.vector).max() < 1e-5)  # False for NaN
 
+    def is_honest_retrieval(self, reply: Retrieval, user: int, k: int) -> bool:
+        """Whether the items are the best that the release it names has, by the embedding that it makes of the user.
+
+        By brute force over its item table. Scores are compared, and every item's own score: items whose scores differ
+        by less than the tolerance may change places.
+        """
+        release = self.releases.get(reply.release_id)
+        if release is None or release.item_table is None:
+            return False
+        is_cold = reply.answer == Answer.COLD_START.name
+        vector = (self.cold if is_cold else self.warm)(reply.release_id, user)
+        ids = release.featuriser.item_ids.to_pylist()
+        score_N = release.item_table[: len(ids)].numpy() @ vector
+        best_K = np.sort(score_N)[::-1][:k]
+        row_of = {item_id: row for row, item_id in enumerate(ids)}
+        if len(reply.item_ids) != len(best_K) or len(set(reply.item_ids)) != len(best_K):
+            return False
+        own_K = score_N[[row_of[item_id] for item_id in reply.item_ids]]
+        if max(np.abs(own_K - reply.scores).max(), np.abs(best_K - reply.scores).max()) > 1e-5:
+            return False
+        version = release.manifest.embedding_version
+        return (reply.embedding_version, reply.index_embedding_version) == (version, version)
+
 
 class Rows:
     """Writes rows, whole or damaged, to a Redis."""
@@ -129,6 +153,15 @@ class Rows:
             for version in versions:
                 pipe.hset(layout.redis_key(user), mapping=row_bytes(stored_state(user, version)))
         pipe.execute()
+
+    def put_canaries(self, release: Release, as_of_us: int) -> None:
+        """The rows of the reserved users, as the batch job encodes and stores them."""
+        version = release.manifest.state_version
+        for user, state_D, until_us in zip(*encode_canaries(release, as_of_us), strict=True):
+            self.put(user, row_bytes(UserState(state_D, version, until_us, as_of_us)))
+
+    def drop_canaries(self) -> None:
+        self.redis.delete(*(layout.redis_key(user) for user in canary_ids("int64")))
 
     def drop(self, user: int | str, *fields: bytes) -> None:
         self.redis.hdel(layout.redis_key(user), *fields)
@@ -159,4 +192,4 @@ def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
 
 def residents_of(epoch: int, **roles: Release) -> ResidentSet:
     """A resident set from loaded releases: residents_of(1, serving=a, previous=b)."""
-    return resident_set(epoch, {Role(name): (release.manifest, release) for name, release in roles.items()})
+    return resident_set(epoch, {Role(name): Loaded(release.manifest, release) for name, release in roles.items()})

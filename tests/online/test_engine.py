@@ -5,12 +5,15 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
 from feature_repo import layout
 from model.errors import StateMismatch, StoreUnavailable
+from model.item_index import ItemIndex
 from model.records import Context, Id
-from online.engine import Answered, Request, process_batch
+from online.engine import Answered, Request, process_batch, retrieve
 from online.errors import DeadlineExceeded, RequestError
 from online.guard import Answer
 from online.residents import ResidentSet
@@ -112,3 +115,23 @@ def test_a_store_that_is_down(built_world: World, pair: ResidentSet, store: Memo
 
 def test_no_requests_no_answers(pair: ResidentSet, store: MemoryStore) -> None:
     assert run([], pair, store) == []
+
+
+def test_no_search_after_the_deadline(pair: ResidentSet, store: MemoryStore) -> None:
+    class Unsearchable(ItemIndex):
+        def search(self, user_BE: Any, k: int) -> Any:
+            raise AssertionError("searched for nobody")
+
+    index = Unsearchable(pair.serving.embedding_version, pa.array([1]), torch.zeros(1, 16))
+    searchable = replace(pair, residents=(replace(pair.serving, index=index),))
+    times = iter([10.0, 11.5])
+    with pytest.raises(DeadlineExceeded, match="500.0 ms before the search"):
+        retrieve(
+            request(3, deadline=11.0),
+            5,
+            searchable,
+            store,
+            now_us=NOW_US,
+            store_timeout_s=0.1,
+            clock=lambda: next(times),
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from model.leases import read_leases
 from model.release import Registry
 from online.__main__ import main, make_parser
 from online.client import UserTowerClient
@@ -55,8 +56,10 @@ def test_it_gets_ready_serves_and_ends_on_sigterm(world: World, rows: Rows, redi
         assert (said["epoch"], said["release"]) == ("1", world.a.release_id)
         with UserTowerClient(f"127.0.0.1:{said['port']}", timeout_s=10) as client:
             assert client.embed(user, policy="strict").answer == "EXACT"
+            assert [lease.epoch for lease in read_leases(Registry(world.registry))] == [1]
             server.send_signal(signal.SIGTERM)
             assert server.wait(20) == 0
+            assert read_leases(Registry(world.registry)) == []
             with pytest.raises(grpc.RpcError):
                 client.embed(user)
 
@@ -69,6 +72,9 @@ def test_workers_share_a_port_and_end_together(world: World, rows: Rows, redis_s
     with process("--registry", str(world.registry), "--redis-url", redis_server, "--workers", "2") as server:
         said = ready(server)
         assert said["workers"] == "2"
+        leases = read_leases(Registry(world.registry))
+        assert len({lease.server_id for lease in leases}) == 2, "one a process"
+        assert {lease.address for lease in leases} == {f"127.0.0.1:{said['port']}"}
         for n in range(8):
             with UserTowerClient(f"127.0.0.1:{said['port']}", timeout_s=10) as client:
                 assert client.embed(user + n % 3, policy="strict").answer == "EXACT"
@@ -93,7 +99,8 @@ def test_help_teaches_and_lists_every_flag(capsys: pytest.CaptureFixture[str]) -
     assert ended.value.code == 0
     text = capsys.readouterr().out
     for flag in ("--registry", "--redis-url", "--port", "--metrics-port", "--workers", "--policy", "--deadline-ms",
-                 "--max-queue", "--max-state-age", "--tls-cert", "--bind", "SIGTERM", "ready port="):  # fmt: skip
+                 "--max-queue", "--max-state-age", "--lease-s", "--canary-s", "--tls-cert", "--bind", "SIGTERM",
+                 "ready port="):  # fmt: skip
         assert flag in text
     assert "--worker " not in text
 

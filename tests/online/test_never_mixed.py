@@ -12,14 +12,17 @@ from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
 from feature_repo import layout
+from model.item_index import read_snapshot
 from model.records import UserState
 from model.release import Registry
 from online import guard
-from online.client import Embedding, EmbedQuery, UserTowerClient
+from online import registry as following
+from online.client import Embedding, EmbedQuery, Retrieval, UserTowerClient
 from online.server import Server
 from tests.online.conftest import World
 from tests.online.helpers import (
@@ -29,6 +32,7 @@ from tests.online.helpers import (
     row_bytes,
     serving,
     stored_state,
+    wait_until,
 )
 
 USERS = 40
@@ -304,6 +308,96 @@ def test_a_flip_under_load_is_never_mixed_and_never_goes_back(world: World, rows
             checked = {(user, reply.release_id): (user, reply) for user, reply in replies}
             assert all(world.oracle.is_honest(reply, user) for user, reply in checked.values())
         assert len(seen) >= 5
+
+
+class Retrievals:
+    """Asks for items while the pointer flips between releases a and b, and holds every reply to brute force."""
+
+    K = 7
+
+    def __init__(self, world: World, rows: Rows, url: str) -> None:
+        self.world, self.url = world, url
+        first = fresh_users()
+        self.users = range(first, first + USERS)
+        rows.put_states(self.users[::2], world.a.state_version, world.b.state_version)
+
+    def run(self, flips: int) -> tuple[int, int, int, set[int]]:
+        """(mixed replies, honest replies, refusals, epochs seen)."""
+        registry = Registry(self.world.registry)
+        stop = threading.Event()
+        with serving(self.world.registry, self.url, poll_ms=10.0) as (server, _), futures.ThreadPoolExecutor(3) as pool:
+            asking = [pool.submit(self._ask, server, offset, stop) for offset in range(3)]
+            try:
+                for flip in range(flips):
+                    epoch = registry.commit((self.world.b if flip % 2 == 0 else self.world.a).release_id).epoch
+                    wait_until(lambda epoch=epoch: server.follower.pointer.epoch == epoch)
+                    stop.wait(0.1)
+            finally:
+                stop.set()
+            replies = [reply for future in asking for reply in future.result(30)]
+        found = [(user, reply) for user, reply in replies if reply is not None]
+        oracle = self.world.oracle
+        mixed = sum(not oracle.is_honest_retrieval(reply, user, self.K) for user, reply in found)
+        return mixed, len(found) - mixed, len(replies) - len(found), {reply.epoch for _, reply in found}
+
+    def _ask(self, server: Server, offset: int, stop: threading.Event) -> list[tuple[int, Retrieval | None]]:
+        replies: list[tuple[int, Retrieval | None]] = []
+        versions = itertools.cycle(["", self.world.a.embedding_version, "", self.world.b.embedding_version])
+        with UserTowerClient(f"127.0.0.1:{server.port}", timeout_s=20) as client:
+            for user in itertools.cycle(self.users[offset:]):
+                if stop.is_set():
+                    return replies
+                asked = next(versions)
+                reply = self._retrieve(client, user, asked, accept_previous=len(replies) % 3 == 0)
+                assert reply is None or asked in ("", reply.embedding_version)
+                replies.append((user, reply))
+        raise AssertionError("unreachable")
+
+    def _retrieve(self, client: UserTowerClient, user: int, version: str, *, accept_previous: bool) -> Retrieval | None:
+        """None where it was refused for want of a release that may answer."""
+        try:
+            return client.retrieve(
+                user,
+                context_of(user),
+                k=self.K,
+                expected_embedding_version=version,
+                accept_previous_release=accept_previous,
+            )
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
+                raise
+            return None
+
+
+@pytest.fixture
+def retrievals(world: World, rows: Rows, redis_server: str) -> Retrievals:
+    Registry(world.registry).commit(world.b.release_id)
+    Registry(world.registry).commit(world.a.release_id)
+    world.write_items(world.a, world.b)
+    return Retrievals(world, rows, redis_server)
+
+
+def test_retrieval_under_flips_is_never_answered_from_another_index(retrievals: Retrievals) -> None:
+    mixed, honest, refused, epochs = retrievals.run(flips=6)
+    assert (mixed, refused) == (0, 0)
+    assert honest > 200
+    assert len(epochs) >= 5
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_stale_index_is_refused_and_without_index_matches_the_detector_trips(
+    retrievals: Retrievals, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """The fault: whatever version is asked for, a's items come, and nobody looks at their golden items."""
+    stale = retrievals.world.a.embedding_version
+    monkeypatch.setattr(following, "_load_index", lambda registry, version: read_snapshot(registry, stale))
+    monkeypatch.setattr(following, "check_golden", lambda index, release: None)
+    if gone:
+        monkeypatch.setattr(guard, "index_matches", lambda resident, index: True)
+    mixed, honest, refused, _ = retrievals.run(flips=2)
+    assert honest > 10, "release a has its own items"
+    assert (mixed > 10) == gone
+    assert (refused > 10) == (not gone)
 
 
 def test_the_oracle_tells_releases_apart(world: World, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from model.release import Registry
 from online.client import Embedding, EmbedQuery, RowError, UserTowerClient
 from online.generated import tower_pb2 as pb
 from online.server import Server
-from online.servicer import SERVICE
+from online.servicer import RECOMMENDER, SERVICE
 from online.settings import Settings
 from tests.online.conftest import World
 from tests.online.helpers import (
@@ -206,7 +206,7 @@ def test_reflection_knows_the_service(world: World, redis_server: str) -> None:
         stub = reflection_pb2_grpc.ServerReflectionStub(client.channel)
         asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         (answer,) = stub.ServerReflectionInfo(asked, timeout=5)
-        assert SERVICE in [service.name for service in answer.list_services_response.service]
+        assert {SERVICE, RECOMMENDER} <= {service.name for service in answer.list_services_response.service}
 
 
 def test_metrics(world: World, rows: Rows, redis_server: str) -> None:
@@ -243,7 +243,7 @@ def test_a_port_in_use_is_told(world: World, redis_server: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"workers": 0}, {"threads": 0}, {"port": -1}, {"deadline_ms": 0}, {"max_queue": -1}, {"policy": "maybe"},
-     {"max_state_age_s": 0}, {"tls_cert": "a.pem"}],
+     {"max_state_age_s": 0}, {"lease_s": 0}, {"lease_s": float("inf")}, {"canary_s": -1}, {"tls_cert": "a.pem"}],
 )  # fmt: skip
 def test_nonsense_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -279,6 +279,7 @@ def slow_server(
 
     Registry(world.registry).commit(world.a.release_id)
     defaults: dict[str, Any] = {"port": 0, "metrics_port": 0, "notice_s": 0.0, "store_timeout_ms": 1000.0}
+    defaults["canary_s"] = 0.0  # these tests count who enters the head
     server = Server(Settings(registry=str(world.registry), redis_url=url, **(defaults | settings)), make_head=make_head)
     server.start()
     return server, heads[0], UserTowerClient(f"127.0.0.1:{server.port}", timeout_s=30)
@@ -297,6 +298,7 @@ def test_the_queue_has_a_bound(world: World, redis_server: str) -> None:
             started = time.monotonic()
             for n in range(5):
                 assert status_of(lambda n=n: client.embed(user + n)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert status_of(lambda: client.retrieve(user)) is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert health_of(client) == Health.SERVING
             assert time.monotonic() - started < 5
             head.go.set()

@@ -7,7 +7,7 @@ from pathlib import Path
 from google.protobuf import descriptor_pb2
 
 from online.generated import tower_pb2 as pb
-from online.servicer import SERVICE
+from online.servicer import RECOMMENDER, SERVICE
 
 ONLINE = Path(pb.__file__).parents[1]
 
@@ -34,6 +34,12 @@ def test_the_service_has_its_name() -> None:
     service = pb.DESCRIPTOR.services_by_name["UserTower"]
     assert service.full_name == SERVICE
     assert [method.name for method in service.methods] == ["Embed", "EmbedBatch"]
+
+
+def test_the_recommender_has_its_name() -> None:
+    service = pb.DESCRIPTOR.services_by_name["Recommender"]
+    assert service.full_name == RECOMMENDER
+    assert [method.name for method in service.methods] == ["Retrieve"]
 
 
 def test_a_reply_can_be_spliced() -> None:

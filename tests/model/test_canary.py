@@ -1,0 +1,89 @@
+"""Canaries: moved by whole weeks they stay what they were."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.canary import canaries, canary_ids, encode_canaries, moved, weeks_back_us
+from model.records import Context, Event
+from model.release import Registry, Release
+from tests.releases import make_description, make_release
+
+WEEK_US = 604_800_000_000
+
+
+@pytest.fixture(scope="module", params=["int64", "string"])
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Release:
+    registry: Path = tmp_path_factory.mktemp("canary")
+    manifest = make_release(registry, description=make_description(ids=request.param))
+    return Registry(registry).load(manifest.release_id)
+
+
+def microseconds(year: int, month: int, day: int, hour: int) -> int:
+    return int(datetime(year, month, day, hour, tzinfo=UTC).timestamp()) * 1_000_000
+
+
+@pytest.mark.parametrize("as_of", [(1999, 2, 28, 3), (2020, 9, 13, 12), (2026, 3, 29, 1), (2041, 12, 31, 23)])
+def test_states_and_embeddings_stay_golden(release: Release, as_of: tuple[int, int, int, int]) -> None:
+    """The golden histories are of September 2020: as-of times decades before and after, on any weekday and hour."""
+    as_of_us = microseconds(*as_of)
+    known = canaries(release)
+    ids, state_UD, until_us = encode_canaries(release, as_of_us)
+    assert ids == [canary.user_id for canary in known]
+    for canary, state_D, until in zip(known, state_UD, until_us, strict=True):
+        assert 0 <= as_of_us - until < WEEK_US
+        assert (until - canary.history_until_us) % WEEK_US == 0
+        assert canary.state_difference(state_D) <= canary.tolerance
+        embedding_E = release.embed(state_D[None], [canary.context_at(until)], [until])[0]
+        assert canary.embedding_difference(embedding_E) <= canary.tolerance
+
+
+def test_a_move_by_anything_but_weeks_shows(release: Release) -> None:
+    """Hour and weekday are of the context, so a canary notices a clock that is wrong by hours."""
+    differences = []
+    for canary in canaries(release):
+        until = canary.history_until_us + 5 * 3_600_000_000
+        embedding_E = release.embed(canary.state_D[None], [canary.context_at(until)], [until])[0]
+        differences.append(canary.embedding_difference(embedding_E) / canary.tolerance)
+    assert min(differences) > 10
+
+
+def test_canaries_differ_from_each_other(release: Release) -> None:
+    known = canaries(release)
+    for one in range(4):
+        for other in range(one):
+            assert known[one].state_difference(known[other].state_D) > 100 * known[one].tolerance
+
+
+def test_a_state_that_cannot_be_compared_is_infinitely_far(release: Release) -> None:
+    canary = canaries(release)[0]
+    assert canary.state_difference(canary.state_D) == 0
+    assert canary.state_difference(canary.state_D + np.float32(0.5)) == pytest.approx(0.5, abs=1e-6)
+    assert canary.state_difference(canary.state_D[:-1]) == np.inf
+    broken = canary.state_D.copy()
+    broken[3] = np.nan
+    assert canary.state_difference(broken) == np.inf
+    assert canary.embedding_difference(canary.embedding_E * np.float32(np.inf)) == np.inf
+
+
+def test_the_reserved_ids() -> None:
+    assert canary_ids("int64") == [
+        -4611686018427387904, -4611686018427387903, -4611686018427387902, -4611686018427387901,
+    ]  # fmt: skip
+    assert canary_ids("string") == [f"__hybrid_tower_canary_{n}" for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("until_us", "as_of_us", "weeks"),
+    [(0, 0, 0), (0, WEEK_US - 1, 0), (0, WEEK_US, 1), (10, 9, -1), (10, 10 - WEEK_US, -1), (10, 9 - WEEK_US, -2)],
+)
+def test_whole_weeks(until_us: int, as_of_us: int, weeks: int) -> None:
+    assert weeks_back_us(until_us, as_of_us) == weeks * WEEK_US
+
+
+def test_all_times_of_a_context_move() -> None:
+    context = Context({"device": "tv"}, 20, (Event(1, "click", 5), Event(2, "click", 9)))
+    assert moved(context, 100) == Context({"device": "tv"}, 120, (Event(1, "click", 105), Event(2, "click", 109)))
+    assert moved(Context(), 100) == Context()
