@@ -79,7 +79,10 @@ AGE_SLACK_US: Final = 100_000
 METHODS: Final = {
     "single": "/hybridtower.v1.UserTower/Embed",
     "batch": "/hybridtower.v1.UserTower/EmbedBatch",
+    "retrieve": "/hybridtower.v1.Recommender/Retrieve",
 }
+BEST: Final = 10
+"""Items that a Retrieve request wants."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,8 @@ class Scale:
     """Embed requests a second and server."""
     batches_per_s: float = 12.0
     """EmbedBatch requests a second and server."""
+    retrieves_per_s: float = 5.0
+    """Retrieve requests a second and server."""
     batch_rows: int = 25
     warm_up_s: float = 4.0
     steady_s: float = 25.0
@@ -270,6 +275,9 @@ class Expected:
         self.warm: dict[tuple[str, int, int], NDArray[np.float32]] = {}
         """(release, place, as-of) -> f32 [E]. A user is missing where the run does not encode them."""
         self.cold: dict[tuple[str, int], NDArray[np.float32]] = {}
+        self.items: dict[str, NDArray[np.float32]] = {}
+        """release -> its item tower's rows, f32 [N, E]."""
+        self.item_rows: dict[str, dict[Id, int]] = {}
         self.manifests = {r.manifest.release_id: r.manifest for r in (world.a, world.b)}
         for one in (world.a, world.b):
             name = one.manifest.release_id
@@ -280,6 +288,10 @@ class Expected:
                 embeddings = one.embed(state_UD, [asked.contexts[place_of[user]] for user in users], until_us)
                 for user, embedding_E in zip(users, embeddings, strict=True):
                     self.warm[name, place_of[user], as_of_us] = embedding_E
+            assert one.item_table is not None
+            item_ids = one.featuriser.item_ids
+            self.items[name] = one.item_table[: len(item_ids)].numpy()
+            self.item_rows[name] = {item_id: row for row, item_id in enumerate(item_ids.to_pylist())}
             cold = np.repeat(one.cold_state[None], len(asked.users), 0)
             for place, embedding_E in enumerate(one.embed(cold, asked.contexts, [None] * len(asked.users))):
                 self.cold[name, place] = embedding_E
@@ -312,7 +324,7 @@ class LoadPlan:
 
     targets: list[str]
     messages: dict[str, list[list[bytes]]]
-    """single and batch -> [variant][number]."""
+    """single, batch and retrieve -> [variant][number]."""
     per_s: dict[str, float]
     """Requests a second and server."""
     rows: dict[str, int]
@@ -324,7 +336,7 @@ class Reply:
     """One request and what came of it. Times in seconds since the epoch."""
 
     kind: str
-    """single or batch."""
+    """single, batch or retrieve."""
     server: int
     first: int
     """Place of the first row's user."""
@@ -355,9 +367,12 @@ def plan_load(asked: Asked, a_version: str, targets: list[str], scale: Scale) ->
         {
             "single": [[message.SerializeToString() for message in some] for some in queries],
             "batch": [[message.SerializeToString() for message in some] for some in batches],
+            "retrieve": [
+                [pb.RetrieveRequest(query=message, k=BEST).SerializeToString() for message in some] for some in queries
+            ],
         },
-        {"single": scale.singles_per_s, "batch": scale.batches_per_s},
-        {"single": 1, "batch": rows},
+        {"single": scale.singles_per_s, "batch": scale.batches_per_s, "retrieve": scale.retrieves_per_s},
+        {"single": 1, "batch": rows, "retrieve": 1},
     )
 
 
@@ -369,7 +384,7 @@ def ask(plan: LoadPlan, server: int, kind: str, stop: threading.Event, found: li
     with grpc.insecure_channel(plan.targets[server], options=options) as channel:
         grpc.channel_ready_future(channel).result(30)
         call = channel.unary_unary(METHODS[kind])
-        start_s = time.time() + period_s * (server + (kind == "batch") / 2) / len(plan.targets)
+        start_s = time.time() + period_s * (server + list(METHODS).index(kind) / 3) / len(plan.targets)
         n = 0
         while not stop.is_set():
             due_s = start_s + n * period_s
@@ -500,8 +515,8 @@ class Verdict:
     """Requests pinned to a lower epoch than an answer of the same server that was received before they were sent."""
     epochs: list[set[int]] = field(default_factory=list)
     """Seen of each server."""
-    singles: int = 0
-    batch_rows: int = 0
+    asked: Counter[str] = field(default_factory=Counter)
+    """Rows by kind of request."""
     before_s: list[float] = field(default_factory=list)
     during_s: list[float] = field(default_factory=list)
     unpaused_s: list[float] = field(default_factory=list)
@@ -511,7 +526,7 @@ class Verdict:
 
     @property
     def rows(self) -> int:
-        return self.singles + self.batch_rows
+        return self.asked.total()
 
     @property
     def p99_ratio(self) -> float:
@@ -531,8 +546,8 @@ class Judge:
         self._a = next(release_id for release_id, name in names.items() if name == "A")
         self._runs = sorted({as_of_us for _, _, as_of_us in expected.warm})
 
-    def complaint(self, reply: pb.EmbedReply, asked: str, place: int, sent_s: float, received_s: float) -> str:
-        """Why an answer is mixed; "" for one that is as it should be."""
+    def complaint(self, reply: Any, asked: str, place: int, sent_s: float, received_s: float) -> str:
+        """Why an answer of Embed or Retrieve is mixed; "" for one that is as it should be."""
         manifest = self._expected.manifests.get(reply.release_id)
         pointer = self._pointers.get(reply.epoch)
         if manifest is None or pointer is None:
@@ -565,12 +580,28 @@ class Judge:
             if known is None:
                 return f"an age of {reply.state_age_us} us, which is no run that encoded the user"
             wanted = known
+        if isinstance(reply, pb.RetrieveReply):
+            return self._complaint_of_items(reply, wanted)
         difference = np.abs(np.array(reply.embedding, np.float32) - wanted).max()
         if not difference <= TOLERANCE:  # also for NaN
             return f"the embedding is off by {difference:.3g} from what {self._names[reply.release_id]} computes"
         return ""
 
-    def as_of_us(self, reply: pb.EmbedReply, sent_s: float, received_s: float) -> int | None:
+    def _complaint_of_items(self, reply: pb.RetrieveReply, user_E: NDArray[np.float32]) -> str:
+        """Held against a plain search of everything the release's own item tower gives."""
+        if reply.index_embedding_version != reply.embedding_version:
+            return f"an index of version {reply.index_embedding_version} under version {reply.embedding_version}"
+        score_N = self._expected.items[reply.release_id] @ user_E
+        best_K = np.sort(score_N)[::-1][:BEST]
+        found_K = np.array([item.score for item in reply.items], np.float32)
+        if found_K.shape != best_K.shape or not np.abs(found_K - best_K).max() <= TOLERANCE:
+            return f"the scores {found_K} are not the best ones, {best_K}"
+        rows = [self._expected.item_rows[reply.release_id].get(item.item_id.int_id) for item in reply.items]
+        if None in rows or len(set(rows)) < len(rows) or not np.abs(score_N[rows] - found_K).max() <= TOLERANCE:
+            return "the items do not have the scores they are given"
+        return ""
+
+    def as_of_us(self, reply: Any, sent_s: float, received_s: float) -> int | None:
         """The as-of time of the run that wrote the row, from its age; None where no run fits."""
         lo = int(sent_s * 1e6) - reply.state_age_us - AGE_SLACK_US
         hi = int(received_s * 1e6) - reply.state_age_us + AGE_SLACK_US
@@ -599,10 +630,7 @@ class Judge:
             rows, errors = _rows_of(reply)
             count = len(rows) + sum(errors.values())
             tally.rows += count
-            if reply.kind == "single":
-                verdict.singles += count
-            else:
-                verdict.batch_rows += count
+            verdict.asked[reply.kind] += count
             tally.errors += errors
             failed += errors
             for offset, row in rows:
@@ -626,7 +654,7 @@ class Judge:
         verdict.epochs_back = sum(map(_epochs_back, pinned))
         return verdict
 
-    def _kind(self, row: pb.EmbedReply) -> str:
+    def _kind(self, row: Any) -> str:
         name = self._names.get(row.release_id, "?")
         how = {
             pb.ANSWER_EXACT: f"{name} exact",
@@ -635,7 +663,7 @@ class Judge:
         }
         return how.get(row.answer, "unspecified")
 
-    def _is_stale(self, row: pb.EmbedReply, place: int, reply: Reply, notes: Notes) -> bool:
+    def _is_stale(self, row: Any, place: int, reply: Reply, notes: Notes) -> bool:
         as_of_us = self.as_of_us(row, reply.sent_s, reply.received_s)
         assert as_of_us is not None
         return as_of_us < self._newest(row.release_id, place, reply.sent_s, notes)
@@ -655,8 +683,9 @@ def _rows_of(reply: Reply) -> tuple[list[tuple[int, Any]], Counter[str]]:
     """Answers with their number in the request, and errors by code."""
     if reply.code:
         return [], Counter({reply.code: 1})
-    if reply.kind == "single":
-        return [(0, pb.EmbedReply.FromString(reply.content))], Counter()
+    if reply.kind != "batch":
+        message = pb.EmbedReply if reply.kind == "single" else pb.RetrieveReply
+        return [(0, message.FromString(reply.content))], Counter()
     rows, errors = [], Counter[str]()
     for number, row in enumerate(pb.EmbedBatchReply.FromString(reply.content).rows):
         if row.HasField("reply"):
@@ -790,7 +819,7 @@ class Scenario:
         notes.phase("daily encode of A and B")
         self._daily(FIRST_DAYS + 1)
         notes.phase("commit B, a server stopped for a moment")
-        where = [*self._places, "--redis-url", self.redis.url]
+        where = [*self._places, "--redis-url", self.redis.url, "--min-servers", str(len(self.targets))]
         self._command("pipelines.release", ["commit", b.release_id, *where])
         notes.event("B serves")
         paused_s = time.time()
@@ -1022,6 +1051,10 @@ def changed(before: Mapping[bytes, Any], after: Mapping[bytes, Any]) -> int:
 # Telling
 
 
+def _by_method(asked: Counter[str]) -> str:
+    return f"{asked['single']:,} by Embed, {asked['batch']:,} by EmbedBatch, {asked['retrieve']:,} by Retrieve"
+
+
 def timeline(outcome: Outcome) -> str:
     """The phases as a Markdown table."""
     phases = outcome.notes.phases
@@ -1046,7 +1079,7 @@ def told(outcome: Outcome) -> str:
     lines = [
         timeline(outcome),
         "",
-        f"rows {verdict.rows:,}: {verdict.singles:,} by Embed, {verdict.batch_rows:,} by EmbedBatch",
+        f"rows {verdict.rows:,}: {_by_method(verdict.asked)}",
         f"mixed {len(verdict.mixed)}, failed outside the outage {verdict.failed_outside.total()} "
         f"{dict(verdict.failed_outside)}, inside {dict(verdict.failed_inside)}",
         f"cold starts of users with a row, outside the outage: {dict(verdict.cold_outside)}; stale: {verdict.stale}",
@@ -1103,7 +1136,7 @@ def entries_of(outcomes: Sequence[Outcome], loads: Sequence[float]) -> list[dict
     """What is recorded of all runs."""
     verdicts = [outcome.verdict for outcome in outcomes]
     rows = sum(verdict.rows for verdict in verdicts)
-    singles = sum(verdict.singles for verdict in verdicts)
+    asked = sum((verdict.asked for verdict in verdicts), Counter[str]())
     first = outcomes[0]
     phases = ", ".join(name for _, name in first.notes.phases[:-1])
     epochs = "; ".join(f"server {n}: {sorted(seen)}" for n, seen in enumerate(first.verdict.epochs))
@@ -1124,7 +1157,7 @@ def entries_of(outcomes: Sequence[Outcome], loads: Sequence[float]) -> list[dict
             "value": rows,
             "unit": "rows asked and checked",
             "target": 100_000,
-            "note": f"{runs}; {singles:,} Embed requests, {rows - singles:,} rows of EmbedBatch; phases: {phases}; "
+            "note": f"{runs}; {_by_method(asked)}; phases: {phases}; "
             f"epochs in the first run: {epochs}; two writers killed and one Redis restart a run",
             **about,
         },
@@ -1153,8 +1186,8 @@ def entries_of(outcomes: Sequence[Outcome], loads: Sequence[float]) -> list[dict
             "unit": "p99 of Embed during the rollout (Redis outage left out) / before it, median of the runs",
             "target": 1.5,
             "note": f"each run: {ratios}; p99 in ms: {p99s}; load average at the start of each: "
-            f"{', '.join(f'{load:.1f}' for load in loads)} on {os.cpu_count()} cores; 100 Embed/s and 24 batches/s of "
-            f"25 rows at a fixed rate, latency from when a request was due; batch jobs under nice 19",
+            f"{', '.join(f'{load:.1f}' for load in loads)} on {os.cpu_count()} cores; 100 Embed/s, 24 batches/s "
+            f"of 25 rows and 10 Retrieve/s at a fixed rate, latency from when a request was due; jobs under nice 19",
             **about,
         },
     ]

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import rollout
 from benchmarks.rollout import FIRST_DAYS, Asked, Expected, Judge, LoadPlan, Notes, Reply, Scale, Verdict, World
 from deploy.redis_server import start_redis
 from feature_repo import layout
+from model.item_index import write_snapshot
 from online import guard
 from online.generated import tower_pb2 as pb
 from pipelines import encode_users
@@ -23,6 +25,7 @@ TINY = Scale(
     asked=100,
     singles_per_s=15.0,
     batches_per_s=4.0,
+    retrieves_per_s=4.0,
     warm_up_s=0.5,
     steady_s=1.0,
     between_s=0.5,
@@ -36,7 +39,7 @@ TINY = Scale(
     in_process=True,
     nice=0,
 )
-FAST = replace(TINY, singles_per_s=200.0, batches_per_s=50.0)
+FAST = replace(TINY, singles_per_s=200.0, batches_per_s=50.0, retrieves_per_s=50.0)
 
 
 def test_nothing_is_mixed_or_lost_from_a_to_b_and_back(tmp_path: Path) -> None:
@@ -49,6 +52,7 @@ def test_nothing_is_mixed_or_lost_from_a_to_b_and_back(tmp_path: Path) -> None:
     assert facts["least difference"] > 100 * rollout.TOLERANCE
     # epoch 2 commits A, 3 prepares B, 4 commits B, 5 rolls back
     assert [entry.split(": ")[1] for entry in facts["pointer"]] == ["-", "A", "A", "B", "A"]
+    assert all(verdict.asked[kind] > 20 for kind in rollout.METHODS)
     assert all({3, 4, 5} <= seen for seen in verdict.epochs)
     kinds = {kind for tally in verdict.phases for kind in tally.kinds}
     assert {"A exact", "B exact", "A beside", "A cold: unknown_user", "A cold: store_unavailable"} <= kinds
@@ -83,6 +87,8 @@ class Rig:
             self.world.open_day(day)
         self._encode(FIRST_DAYS - 1)
         registry.prepare(b.release_id)
+        for one in (self.world.a, self.world.b):
+            write_snapshot(registry, one)
         self.world.open_day(FIRST_DAYS)
         self._encode(FIRST_DAYS)
         registry.commit(b.release_id)
@@ -105,17 +111,20 @@ class Rig:
 
     def judge(self, requests: int) -> Verdict:
         """What a server of this process answers, held against what is expected."""
-        manifests = [one.manifest for one in (self.world.a, self.world.b)]
         notes, found = Notes(), list[Reply]()
         notes.phase(notes.before)
         with serving(Path(self.world.registry.uri), self.redis_url) as (server, _):
             targets = [f"127.0.0.1:{server.port}"]
-            plan: LoadPlan = rollout.plan_load(self.asked, manifests[0].embedding_version, targets, FAST)
+            plan: LoadPlan = rollout.plan_load(self.asked, self.world.a.manifest.embedding_version, targets, FAST)
             for kind in rollout.METHODS:
                 rollout.ask(plan, 0, kind, _StopAfter(requests), found)
+        return self.judge_of().judge(found, notes, 1)
+
+    def judge_of(self) -> Judge:
+        """Of the pointers there were so far."""
         pointers = {change.pointer.epoch: change.pointer for change in self.world.registry.history()}
-        names = {manifest.release_id: name for manifest, name in zip(manifests, "AB", strict=True)}
-        return Judge(self.expected, pointers, names).judge(found, notes, 1)
+        names = {self.world.a.manifest.release_id: "A", self.world.b.manifest.release_id: "B"}
+        return Judge(self.expected, pointers, names)
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +159,7 @@ def test_a_reply_of_another_run_or_vector_is_mixed(rig: Rig) -> None:
         rollout.ask(plan, 0, "single", _StopAfter(8), found)
     replies = [(reply, rollout._rows_of(reply)[0][0][1]) for reply in found]
     reply, row = next((reply, row) for reply, row in replies if row.answer == pb.ANSWER_EXACT)
-    names = {rig.world.a.manifest.release_id: "A", rig.world.b.manifest.release_id: "B"}
-    pointers = {change.pointer.epoch: change.pointer for change in rig.world.registry.history()}
-    judge = Judge(rig.expected, pointers, names)
+    judge = rig.judge_of()
 
     def complaint() -> str:
         return judge.complaint(row, Asked.kind(reply.first, reply.variant), reply.first, reply.sent_s, reply.received_s)
@@ -170,6 +177,31 @@ def test_a_reply_of_another_run_or_vector_is_mixed(rig: Rig) -> None:
     row = type(row).FromString(right.SerializeToString())
     row.state_version = rig.world.a.manifest.state_version
     assert "are not those of" in complaint()
+
+
+def test_items_of_another_index_or_order_are_mixed(rig: Rig) -> None:
+    b = rig.world.b.manifest
+    judge = rig.judge_of()
+    user_E = rig.expected.cold[b.release_id, 0]
+    score_N = rig.expected.items[b.release_id] @ user_E
+    ids = rig.world.b.featuriser.item_ids.to_pylist()
+    best = np.argsort(-score_N)[: rollout.BEST]
+    items = [pb.ScoredItem(item_id=pb.Id(int_id=ids[row]), score=float(score_N[row])) for row in best]
+
+    def complaint(items: list[pb.ScoredItem], index: str = b.embedding_version) -> str:
+        reply = pb.RetrieveReply(
+            items=items, release_id=b.release_id, epoch=rig.world.registry.pointer().epoch,
+            state_version=b.state_version, embedding_version=b.embedding_version, index_embedding_version=index,
+            answer=pb.ANSWER_COLD_START, reason="unknown_user",
+        )  # fmt: skip
+        return judge.complaint(reply, "plain", 0, 0.0, 0.0)
+
+    assert complaint(items) == ""
+    assert "an index of version" in complaint(items, rig.world.a.manifest.embedding_version)
+    assert "not the best" in complaint(items[::-1])
+    assert "not the best" in complaint(items[1:])
+    swapped = [pb.ScoredItem(item_id=items[-1].item_id, score=items[0].score), *items[1:]]
+    assert "do not have the scores" in complaint(swapped)
 
 
 def test_without_the_version_check_the_detector_trips(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
