@@ -125,7 +125,7 @@ def test_no_search_after_the_deadline(pair: ResidentSet, store: MemoryStore) -> 
     index = Unsearchable(pair.serving.embedding_version, pa.array([1]), torch.zeros(1, 16))
     searchable = replace(pair, residents=(replace(pair.serving, index=index),))
     times = iter([10.0, 11.5])
-    with pytest.raises(DeadlineExceeded, match="500.0 ms before the search"):
+    with pytest.raises(DeadlineExceeded, match=r"500\.0 ms before the search"):
         retrieve(
             request(3, deadline=11.0),
             5,

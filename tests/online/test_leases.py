@@ -86,11 +86,11 @@ def test_what_a_lease_says(built_world: World, tmp_path: Path) -> None:
 
 def test_no_lease_is_written_after_the_end(built_world: World, tmp_path: Path) -> None:
     held = Holding(tmp_path)
-    held.current = residents_of(4, serving=built_world.oracle.releases[built_world.a.release_id])
+    release = built_world.oracle.releases[built_world.a.release_id]
+    held.current = residents_of(4, serving=release)
     held.holder.widen(held.current)
     held.holder.stop()
-    for late in (held.holder.renew, held.holder.rewrite, lambda: held.holder.widen(residents_of(5, serving=a))):
-        a = built_world.oracle.releases[built_world.a.release_id]
+    for late in (held.holder.renew, held.holder.rewrite, lambda: held.holder.widen(residents_of(5, serving=release))):
         late()
         assert read_leases(held.registry) == []
 
