@@ -347,6 +347,8 @@ class Reply:
     content: bytes
     code: str
     """Status of a request that failed; "" for an answer."""
+    waited: bool = True
+    """Whether the generator was free before the request was due: then sent - due is its own delay, by the machine."""
 
     @property
     def latency_s(self) -> float:
@@ -388,7 +390,8 @@ def ask(plan: LoadPlan, server: int, kind: str, stop: threading.Event, found: li
         n = 0
         while not stop.is_set():
             due_s = start_s + n * period_s
-            time.sleep(max(0.0, due_s - time.time()))
+            left_s = due_s - time.time()
+            time.sleep(max(0.0, left_s))
             number, variant = (n + server * count // 2) % count, n // count % VARIANTS
             content, code = b"", ""
             sent_s = time.time()
@@ -397,7 +400,7 @@ def ask(plan: LoadPlan, server: int, kind: str, stop: threading.Event, found: li
             except grpc.RpcError as error:
                 code = error.code().name
             first = number * plan.rows[kind]
-            found.append(Reply(kind, server, first, variant, due_s, sent_s, time.time(), content, code))
+            found.append(Reply(kind, server, first, variant, due_s, sent_s, time.time(), content, code, left_s > 0))
             n += 1
 
 
@@ -491,11 +494,10 @@ class Tally:
 
     rows: int = 0
     singles_s: list[float] = field(default_factory=list)
+    wakes_s: list[float] = field(default_factory=list)
+    """How late the generator woke: what the machine alone does to a process that only wants to begin."""
     kinds: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
-
-    def quantile_ms(self, q: float) -> float:
-        return float(np.quantile(self.singles_s, q)) * 1e3 if self.singles_s else float("nan")
 
 
 @dataclass
@@ -533,8 +535,12 @@ class Verdict:
         return p99_ms(self.during_s) / p99_ms(self.before_s)
 
 
-def p99_ms(latencies_s: Sequence[float]) -> float:
-    return float(np.quantile(latencies_s, 0.99)) * 1e3
+def quantile_ms(seconds: Sequence[float], q: float) -> float:
+    return float(np.quantile(seconds, q)) * 1e3 if seconds else float("nan")
+
+
+def p99_ms(seconds: Sequence[float]) -> float:
+    return quantile_ms(seconds, 0.99)
 
 
 class Judge:
@@ -621,6 +627,8 @@ class Judge:
             failed = verdict.failed_inside if inside else verdict.failed_outside
             if reply.kind == "single":
                 tally.singles_s.append(reply.latency_s)
+                if reply.waited:
+                    tally.wakes_s.append(reply.sent_s - reply.due_s)
                 if place == before:
                     verdict.before_s.append(reply.latency_s)
                 elif place > before and not inside:
@@ -1060,15 +1068,16 @@ def timeline(outcome: Outcome) -> str:
     phases = outcome.notes.phases
     end_s = max(reply.received_s for reply in outcome.replies)
     lines = [
-        "| phase | s | rows | p50, ms | p99, ms | answers by kind | errors |",
-        "|---|---:|---:|---:|---:|---|---|",
+        "| phase | s | rows | p50, ms | p99, ms | own delay p99, ms | answers by kind | errors |",
+        "|---|---:|---:|---:|---:|---:|---|---|",
     ]
     for (start_s, name), (next_s, _), tally in zip(phases, phases[1:], outcome.verdict.phases, strict=False):
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in tally.kinds.most_common())
         errors = ", ".join(f"{code} {count}" for code, count in tally.errors.items()) or "none"
         lines.append(
-            f"| {name} | {min(next_s, end_s) - start_s:.0f} | {tally.rows:,} | {tally.quantile_ms(0.5):.1f} "
-            f"| {tally.quantile_ms(0.99):.1f} | {kinds} | {errors} |"
+            f"| {name} | {min(next_s, end_s) - start_s:.0f} | {tally.rows:,} "
+            f"| {quantile_ms(tally.singles_s, 0.5):.1f} | {p99_ms(tally.singles_s):.1f} | {p99_ms(tally.wakes_s):.1f} "
+            f"| {kinds} | {errors} |"
         )
     return "\n".join(lines)
 
@@ -1086,7 +1095,8 @@ def told(outcome: Outcome) -> str:
         f"epochs seen {[sorted(seen) for seen in verdict.epochs]}, went back {verdict.epochs_back}",
         f"p99 before {p99_ms(verdict.before_s):.1f} ms ({len(verdict.before_s):,}), "
         f"during {p99_ms(verdict.during_s):.1f} ms ({len(verdict.during_s):,}), ratio {verdict.p99_ratio:.2f}; "
-        f"without the server's pause {p99_ms(verdict.unpaused_s):.1f} ms",
+        f"without the server's pause {p99_ms(verdict.unpaused_s):.1f} ms; on A again afterwards "
+        f"{p99_ms(verdict.phases[-2].singles_s):.1f} ms",
         *(f"{name}: {value}" for name, value in outcome.facts.items()),
         *verdict.mixed[:10],
     ]
@@ -1145,7 +1155,8 @@ def entries_of(outcomes: Sequence[Outcome], loads: Sequence[float]) -> list[dict
     cold = sum((verdict.cold_outside for verdict in verdicts), Counter[str]())
     ratios = [round(verdict.p99_ratio, 2) for verdict in verdicts]
     p99s = ", ".join(
-        f"{p99_ms(v.before_s):.1f} -> {p99_ms(v.during_s):.1f} ({p99_ms(v.unpaused_s):.1f} without the pause)"
+        f"{p99_ms(v.before_s):.1f} -> {p99_ms(v.during_s):.1f} ({p99_ms(v.unpaused_s):.1f} without the pause, "
+        f"{p99_ms(v.phases[-2].singles_s):.1f} on A again afterwards)"
         for v in verdicts
     )
     about = {"versions": versions("grpcio", "redis", "numpy", "torch", "apache-beam")}
