@@ -52,6 +52,20 @@ def context_of(user: int, now_us: int) -> Context:
     return Context({"device": "phone", "country": "br"}, now_us, session, (SubjectItem(10 + user % 50),))
 
 
+def write_states(redis_url: str, state_version: str, encoded_s: int, until_us: int) -> None:
+    """Rows of all users in Redis."""
+    import redis
+
+    view = layout.view_name(state_version)
+    client: Any = redis.Redis.from_url(redis_url)
+    pipe = client.pipeline(transaction=False)
+    for user in range(USERS):
+        row = layout.StateRow(state_of(user), state_version, until_us, encoded_s * 1_000_000, encoded_s)
+        pipe.hset(layout.redis_key(user), mapping=layout.encode_row(row, view))
+    pipe.execute()
+    client.close()
+
+
 # The rival
 
 
@@ -254,8 +268,6 @@ def main() -> None:
         print(json.dumps(generate_load(*options.load)))
         return
 
-    import redis
-
     from deploy.redis_server import start_redis
     from tests.releases import make_release
 
@@ -269,16 +281,7 @@ def main() -> None:
             now_us = time.time_ns() // 1000
             encoded_s = now_us // 1_000_000 - 3600
             until_us = (encoded_s - 600) * 1_000_000
-            view = layout.view_name(manifest.state_version)
-            client: Any = redis.Redis.from_url(server.url)
-            pipe = client.pipeline(transaction=False)
-            for user in range(USERS):
-                row = layout.StateRow(
-                    state_of(user), manifest.state_version, until_us, encoded_s * 1_000_000, encoded_s
-                )  # fmt: skip
-                pipe.hset(layout.redis_key(user), mapping=layout.encode_row(row, view))
-            pipe.execute()
-            client.close()
+            write_states(server.url, manifest.state_version, encoded_s, until_us)
 
             found: dict[tuple[str, int], list[dict[str, float]]] = {}
             with (

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-import feature_repo
 from benchmarks.results import hardware, record, versions
 from deploy import queries
 from deploy.findings import (
@@ -52,14 +51,13 @@ from deploy.report import (
     seconds,
     write,
 )
-from deploy.settings import Inputs, Settings, cut_times, parse_settings, show_command, shown_path
-from feature_repo.environment import feast_environment
+from deploy.settings import Inputs, Settings, cut_times, parse_settings, show_command
 from model.dataset import find_description, load_description
 from model.errors import ConfigError, TowerError
 from model.event_log import read_items, read_log, read_users, show_time
 from model.release import Registry
 from online.client import Embedding, EmbedQuery, UserTowerClient
-from pipelines.runs import RunManifest, RunStore
+from pipelines.runs import RunStore
 
 PROGRAMS = Path(sys.executable).parent
 """Where the console scripts are."""
@@ -113,40 +111,30 @@ class Demo:
                 f"vocabularies and golden inputs. {len(summary['history'])} epochs."
             )
 
-        with self._step("Feast") as said:
-            states.mkdir(parents=True, exist_ok=True)
-            environment = feast_environment(str(registry), str(states), redis.url)
-            exports = (
-                f'eval "$({self._show(["python"])} -m feature_repo.environment --registry {shlex.quote(str(registry))}'
-            )
-            self._commands.append(f'{exports} --states {shlex.quote(str(states))} --redis-url {redis.url})"')
-            self._do(
-                "feast-apply", ["feast", "-c", shown_path(Path(feature_repo.__file__).parent), "apply"], environment
-            )
-            said(
-                "Registered one feature view for the release's state version, and the service alias user_state. (Feast "
-                "notes that there are no states yet; the next step makes them.)"
-            )
-
         store = RunStore(str(states), manifest.state_version)
-        run: dict[str, RunManifest] = {}
-        for name, title, as_of_us in (
-            ("encode-day-1", "Encode, day 1", times.previous_us),
-            ("encode-day-2", "Encode, day 2", times.as_of_us),
-        ):
-            with self._step(title) as said:
-                places = ["--events", str(inputs.events), *where, "--states", str(states), "--redis-url", redis.url]
-                self._do(name, ["tower-encode", *places, "--as-of", show_time(as_of_us)])
-                run[name] = store.manifest(store.run_ids()[-1])
-                said(encode_meaning(run[name]))
-        first, second = run["encode-day-1"], run["encode-day-2"]
+        place = [*where, "--states", str(states), "--redis-url", redis.url]
+        with self._step("Prepare") as said:
+            states.mkdir(parents=True, exist_ok=True)
+            log, day_1 = ["--events", str(inputs.events)], ["--as-of", show_time(times.previous_us)]
+            self._do("release-prepare", ["tower-release", "prepare", manifest.release_id, *log, *place, *day_1])
+            first = store.manifest(store.run_ids()[-1])
+            said(
+                "Beside whatever serves: a Feast view for the release's state version, the states of all users as of "
+                f"day 1, and the item snapshot. {encode_meaning(first)}"
+            )
 
-        with self._step("Release") as said:
-            place = [*where, "--states", str(states)]
+        with self._step("Commit") as said:
             self._do("release-commit", ["tower-release", "commit", manifest.release_id, *place])
-            self._do("release-status", ["tower-release", "status", *place])
             pointer = Registry(registry).pointer()
-            said(f"The release passed its checks, has states, and serves now: epoch {pointer.epoch}.")
+            said(
+                f"The release passed its checks (states, rows, canaries, items) and serves now: epoch {pointer.epoch}."
+            )
+
+        with self._step("Encode, day 2") as said:
+            self._do("encode-day-2", ["tower-encode", *log, *place, "--as-of", show_time(times.as_of_us)])
+            self._do("release-status", ["tower-release", "status", *where, "--states", str(states)])
+            second = store.manifest(store.run_ids()[-1])
+            said(encode_meaning(second))
 
         with self._step("Serve") as said:
             port = self._serve([*where, "--redis-url", redis.url])
@@ -308,12 +296,12 @@ class Demo:
         self.steps.append(step)
         print(f"  {step.meaning} [{seconds(step.seconds)}]", flush=True)
 
-    def _do(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    def _do(self, name: str, command: Sequence[str]) -> None:
         """Runs one console command, shown as the user could type it."""
         self._commands.append(self._show(command))
-        print("\n".join(f"$ {line}" for line in self._commands[-2 if environment else -1 :]), flush=True)
+        print(f"$ {self._commands[-1]}", flush=True)
         self._log = self.settings.logs / f"{name}.log"
-        self._processes.run(name, self._program(command), environment)
+        self._processes.run(name, self._program(command))
 
     def _program(self, command: Sequence[str]) -> list[str]:
         name, *rest = command

@@ -196,6 +196,12 @@ def _glue(before: bytes, middle_UB: NDArray[np.uint8], after: bytes = b"") -> li
     return [data[at : at + length] for at in range(0, len(data), length)]
 
 
+def is_user_key(key: bytes, project: str = PROJECT) -> bool:
+    """Whether a Redis key is that of a user's hash of the project."""
+    before_int, before_string, end = _key_ends(project)
+    return key.startswith((before_int, before_string)) and key.endswith(end)
+
+
 # Values
 
 

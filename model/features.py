@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -193,6 +193,19 @@ class ContextFeatures:
         return ContextFeatures(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
+class ContextArrays(NamedTuple):
+    """ContextFeatures as the featuriser writes them, for code that does without tensors."""
+
+    code_BF: NDArray[np.int64]
+    """i64 [B, 3 + C]: hour, weekday, age, then the head columns."""
+    session_3BK: NDArray[np.int64]
+    """i64 [3, B, K]: items, types, gaps."""
+    session_length_B: NDArray[np.int64]
+    subject_item_BM: NDArray[np.int64]
+    subject_weight_BM: NDArray[np.float32]
+    query_BQ: NDArray[np.float32]
+
+
 class Featuriser:
     """Turns event tables and contexts into tensors. Pure: the same input gives the same tensors everywhere."""
 
@@ -295,6 +308,18 @@ class Featuriser:
         return category_BC
 
     def contexts(self, contexts: Sequence[Context], history_until_us: Sequence[int | None]) -> ContextFeatures:
+        """`context_arrays` as tensors."""
+        arrays = self.context_arrays(contexts, history_until_us)
+        code_BF, session_3BK = torch.from_numpy(arrays.code_BF), torch.from_numpy(arrays.session_3BK)
+        hour_B, weekday_B, age_B = code_BF[:, :3].T.contiguous()
+        return ContextFeatures(
+            code_BF[:, 3:].contiguous(), hour_B, weekday_B, age_B,
+            session_3BK[0], session_3BK[1], session_3BK[2], torch.from_numpy(arrays.session_length_B),
+            torch.from_numpy(arrays.subject_item_BM), torch.from_numpy(arrays.subject_weight_BM),
+            torch.from_numpy(arrays.query_BQ),
+        )  # fmt: skip
+
+    def context_arrays(self, contexts: Sequence[Context], history_until_us: Sequence[int | None]) -> ContextArrays:
         """Features of request contexts.
 
         history_until_us: time of the last event the user's state has seen, None for a cold start; session events
@@ -305,8 +330,7 @@ class Featuriser:
             raise ShapeError(f"{len(contexts)} contexts and {len(history_until_us)} history times")
         config = self.config
         size, sessions, subjects = len(contexts), config.session_limit, config.subject_limit
-        category_BC = np.zeros((size, len(self.head_columns)), np.int64)
-        clock_3B = np.zeros((3, size), np.int64)
+        code_BF = np.zeros((size, 3 + len(self.head_columns)), np.int64)
         session_3BK = np.zeros((3, size, sessions), np.int64)
         session_length_B = np.zeros(size, np.int64)
         subject_item_BM = np.zeros((size, subjects), np.int64)
@@ -314,16 +338,16 @@ class Featuriser:
         query_BQ = np.zeros((size, config.query_dim), np.float32)
         for b, (context, until_us) in enumerate(zip(contexts, history_until_us, strict=True)):
             now_us = context.timestamp_us
+            if now_us is not None:
+                code_BF[b, 0] = now_us % _DAY_US // _HOUR_US + 1
+                code_BF[b, 1] = (now_us // _DAY_US + 3) % 7 + 1
+                if until_us is not None:
+                    code_BF[b, 2] = _gap_bucket_of(now_us - until_us)
             if context.features:
-                for c, name in enumerate(self.head_columns):
+                for f, name in enumerate(self.head_columns, 3):
                     value = context.features.get(name)
                     if value is not None:
-                        category_BC[b, c] = self._column_codes[name].get(value, 1)
-            if now_us is not None:
-                clock_3B[0, b] = now_us % _DAY_US // _HOUR_US + 1
-                clock_3B[1, b] = (now_us // _DAY_US + 3) % 7 + 1
-                if until_us is not None:
-                    clock_3B[2, b] = _gap_bucket_of(now_us - until_us)
+                        code_BF[b, f] = self._column_codes[name].get(value, 1)
             if context.session_events:
                 fresh = [e for e in context.session_events if until_us is None or e.timestamp_us > until_us]
                 for k, event in enumerate(fresh[-sessions:]):
@@ -342,13 +366,7 @@ class Featuriser:
                         f"a query vector must have {config.query_dim} values, got {context.query_vector.shape}"
                     )
                 query_BQ[b] = context.query_vector
-        return ContextFeatures(
-            torch.from_numpy(category_BC),
-            torch.from_numpy(clock_3B[0]), torch.from_numpy(clock_3B[1]), torch.from_numpy(clock_3B[2]),
-            torch.from_numpy(session_3BK[0]), torch.from_numpy(session_3BK[1]), torch.from_numpy(session_3BK[2]),
-            torch.from_numpy(session_length_B),
-            torch.from_numpy(subject_item_BM), torch.from_numpy(subject_weight_BM), torch.from_numpy(query_BQ),
-        )  # fmt: skip
+        return ContextArrays(code_BF, session_3BK, session_length_B, subject_item_BM, subject_weight_BM, query_BQ)
 
     def _row_of(self, item_id: Id) -> int:
         if self._rows is None:

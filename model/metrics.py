@@ -128,17 +128,25 @@ def bootstrap_means(
     names = list(values)
     if not len(user_B):
         return {name: Estimate(np.nan, np.nan, np.nan) for name in names}
+    value_BM = np.stack([values[name] for name in names], 1)
+    means_RM = resampled_means(value_BM, user_B, resamples=resamples, seed=seed)
+    low_M, high_M = np.quantile(means_RM, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    mean_M = value_BM.mean(0)
+    return {name: Estimate(float(mean_M[m]), float(low_M[m]), float(high_M[m])) for m, name in enumerate(names)}
+
+
+def resampled_means(
+    value_BM: NDArray[np.float64], user_B: NDArray[np.int64], *, resamples: int = 500, seed: int = 0
+) -> NDArray[np.float64]:
+    """Means over events in each resample of users, for intervals of what is made of several means: f64 [R, M].
+
+    value_BM: f64 [B, M], M measures of each event, B at least 1. user_B: i64 [B]. See bootstrap_means.
+    """
     _, user_index_B = np.unique(user_B, return_inverse=True)
     num_users = int(user_index_B.max()) + 1
-    columns = [np.bincount(user_index_B, values[name], num_users) for name in names]
+    columns = [np.bincount(user_index_B, value_BM[:, m], num_users) for m in range(value_BM.shape[1])]
     sum_UM = np.stack([*columns, np.bincount(user_index_B, minlength=num_users).astype(np.float64)], 1)
-    means_RM = np.concatenate([_resampled(weight_RU, sum_UM) for weight_RU in _weights(num_users, resamples, seed)])
-    low_M, high_M = np.quantile(means_RM, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    total_M = sum_UM.sum(0)
-    return {
-        name: Estimate(float(total_M[m] / total_M[-1]), float(low_M[m]), float(high_M[m]))
-        for m, name in enumerate(names)
-    }
+    return np.concatenate([_resampled(weight_RU, sum_UM) for weight_RU in _weights(num_users, resamples, seed)])
 
 
 def _weights(num_users: int, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:

@@ -6,6 +6,8 @@
     <registry>/releases/<release_id>/   manifest.json, *.safetensors, catalogue.parquet, vocabularies.json,
                                         golden.parquet
     <registry>/items/, leases/          item snapshots and servers' leases: model.item_index, model.leases
+    <registry>/studies/<name>.json      what was measured of releases, beside them; model.skew, model.bridge
+    <registry>/bridges/<from>-<to>/     learned maps between state versions; model.bridge
 
 `state_version` names all that determines a user state, `embedding_version` all that determines the space in which
 users and items meet. Both are SHA-256 over content, computed here and never set by hand.
@@ -68,6 +70,17 @@ _EMBEDDING_SOURCES = ("context_head.py",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """Which training run a release comes from, and where in it. No version depends on it."""
+
+    run: str
+    """Name of one training run; a resumed run keeps it."""
+    seed: int
+    epoch: int
+    """Epochs the weights have seen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What a release says of itself."""
 
@@ -87,6 +100,8 @@ class Manifest:
     """Time of the last event that training saw."""
     metrics: Mapping[str, float]
     libraries: Mapping[str, str]
+    lineage: Lineage | None = None
+    """None for a release that no training run wrote, or one written before runs were named."""
 
     @property
     def compute_dtype(self) -> str:
@@ -117,6 +132,7 @@ class Manifest:
             "files": dict(self.files),
             "metrics": dict(self.metrics),
             "libraries": dict(self.libraries),
+            "lineage": None if self.lineage is None else asdict(self.lineage),
         }
 
     @classmethod
@@ -124,8 +140,10 @@ class Manifest:
         """The inverse of to_dict. Raises CheckpointError on another format or a missing entry."""
         if values.get("format") != FORMAT:
             raise CheckpointError(f"manifest format {values.get('format')!r}; this version reads {FORMAT}")
+        lineage = values.get("lineage")
         try:
             return cls(
+                lineage=None if lineage is None else Lineage(**lineage),
                 config=TowerConfig.from_dict(values["config"]),
                 description=DatasetDescription.from_dict(values["description"]),
                 shape=ItemShape.from_dict(values["shape"]),
@@ -449,11 +467,13 @@ class Registry:
         trained_until_us: int,
         metrics: Mapping[str, float] | None = None,
         base: str | None = None,
+        lineage: Lineage | None = None,
     ) -> Manifest:
         """Write a release of a trained tower; it appears whole or not at all.
 
         items: item_id and the declared item columns. base: for a head-only retrain, the release whose encoder was
-        kept; its state version carries over. Raises CheckpointError where the encoder is not the base's after all.
+        kept; its state version carries over. lineage: the training run it comes from.
+        Raises CheckpointError where the encoder is not the base's after all.
         """
         tower = tower.eval()
         featuriser = tower.featuriser
@@ -510,6 +530,7 @@ class Registry:
             trained_until_us=trained_until_us,
             metrics=dict(metrics or {}),
             libraries=library_versions(),
+            lineage=lineage,
         )
         release = _in_memory(manifest, featuriser, data)
         data["golden.parquet"] = _parquet(_make_golden(release))
@@ -519,19 +540,44 @@ class Registry:
         return manifest
 
     def _store(self, manifest: Manifest, data: Mapping[str, bytes]) -> None:
-        final = f"{self.root}/releases/{manifest.release_id}"
-        staging = f"{self.root}/releases/.staging-{manifest.release_id}" if self._is_local else final
+        files = {**data, "manifest.json": json.dumps(manifest.to_dict(), indent=1).encode()}
+        self.put_folder(f"releases/{manifest.release_id}", files)
+
+    def put_folder(self, name: str, files: Mapping[str, bytes]) -> None:
+        """Write a folder below the registry whole or not at all; its last file is the one readers look for.
+
+        Raises CheckpointError where it is there already: such folders never change.
+        """
+        final = f"{self.root}/{name}"
+        parent, _, base = final.rpartition("/")
+        staging = f"{parent}/.staging-{base}" if self._is_local else final
+        if not self._is_local and self.fs.exists(f"{final}/{list(files)[-1]}"):
+            raise CheckpointError(f"{name} is already in {self.uri}")
         self.fs.makedirs(staging, exist_ok=True)
-        for name, content in data.items():
-            self.fs.pipe_file(f"{staging}/{name}", content)
-        self.fs.pipe_file(f"{staging}/manifest.json", json.dumps(manifest.to_dict(), indent=1).encode())
+        for file, content in files.items():
+            self.fs.pipe_file(f"{staging}/{file}", content)
         if self._is_local:
-            for name in (*data, "manifest.json"):
-                _sync(f"{staging}/{name}")
+            for file in files:
+                _sync(f"{staging}/{file}")
             try:
                 os.rename(staging, final)
             except OSError as error:
-                raise CheckpointError(f"release {manifest.release_id} is already in {self.uri}: {error}") from error
+                raise CheckpointError(f"{name} is already in {self.uri}: {error}") from error
+
+    def write_study(self, name: str, study: Mapping[str, Any]) -> None:
+        """Keep what was measured of a release beside it, in the place of an earlier study of that name."""
+        self.put(_study_path(name), json.dumps(study, indent=1).encode())
+
+    def read_study(self, name: str) -> dict[str, Any] | None:
+        """A study as it was written; None where there is none. Raises CheckpointError where it is torn."""
+        content = self.get(_study_path(name))
+        if content is None:
+            return None
+        try:
+            study: dict[str, Any] = json.loads(content)
+        except ValueError as error:
+            raise CheckpointError(f"study {name} in {self.uri} is not JSON: {error}") from None
+        return study
 
     def pointer(self) -> Pointer:
         """The serving pointer; epoch 0 where nothing was ever committed. Raises CheckpointError where it is torn."""
@@ -697,6 +743,12 @@ def _operator() -> str:
     except (KeyError, OSError):  # no name for this user id, as in many containers
         user = str(os.getuid())
     return f"{user}@{platform.node()}"
+
+
+def _study_path(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise CheckpointError(f"a study's name holds letters, digits, '-', '_' and '.', got {name!r}")
+    return f"studies/{name}.json"
 
 
 def library_versions() -> dict[str, str]:

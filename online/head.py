@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from model.errors import GoldenMismatch
-from model.features import GAP_BUCKETS, HOURS, WEEKDAYS, ContextFeatures
+from model.features import GAP_BUCKETS, HOURS, WEEKDAYS, ContextArrays
 from model.records import Context, Event, Id, SubjectItem
 from model.release import Release
 
@@ -29,10 +29,20 @@ TOLERANCE = 1e-5
 
 Floats = NDArray[np.float32]
 
+_ONE = np.float32(1.0)
+_SHORTEST = np.float32(1e-12)
+"""Least length to divide by, as in torch's normalize."""
+
 
 def _array(tensor: torch.Tensor) -> Floats:
     array: Floats = np.ascontiguousarray(tensor.detach().cpu().numpy())
     return array
+
+
+def _centred(array: Floats) -> Floats:
+    """Less the mean over its last axis."""
+    centred: Floats = array - array.mean(-1, keepdims=True)
+    return centred
 
 
 class ServingHead:
@@ -45,41 +55,51 @@ class ServingHead:
         head = release.head
         assert release.item_table is not None, "the service loads the items part"
         self._featuriser = release.featuriser
-        self._config = release.config
+        self._config = config = release.config
         self.cold_state: Floats = release.cold_state
         self._item_IE = _array(release.item_table)
 
+        # All that a product reads stands in one row: pooled events, last event, state, session, context.
+        ends = np.cumsum([config.embedding_dim] * 2 + [config.d_model] + [config.context_dim] * 2).tolist()
+        pooled, last, state, session, context = map(slice, [0, *ends], ends)
+        self._width = ends[-1]
+        self._pooled, self._last, self._state, self._session, self._context = pooled, last, state, session, context
+        self._events, self._asking = slice(0, last.stop), slice(last.start, state.stop)
+        self._parts, self._joined = slice(session.start, context.stop), slice(state.start, context.stop)
+
+        # Both layer norms begin by taking the mean away. That is linear, so it happens here, to all that is summed up:
+        # the tables, weights and biases of the context and of the session.
         # Context: hour, weekday, age and the columns share one table; a row's codes are shifted to their part of it.
         tables = [head.hour_embedding, head.weekday_embedding, head.age_embedding, *head.column_embeddings]
         sizes = [table.weight.shape[0] for table in tables]
         assert sizes[:3] == [HOURS, WEEKDAYS, GAP_BUCKETS]
-        self._table_RC = np.concatenate([_array(table.weight) for table in tables])
+        self._table_RC = _centred(np.concatenate([_array(table.weight) for table in tables]))
         self._shift = np.concatenate([[0], np.cumsum(sizes[:-1])]).astype(np.int64)
-        self._subject_EC = _array(head.subject.weight.T)
-        self._query_QC = None if head.query is None else _array(head.query.weight.T)
+        self._subject_EC = _centred(_array(head.subject.weight.T))
+        self._query_QC = None if head.query is None else _centred(_array(head.query.weight.T))
 
         # Session: an event is scale * (item + (type + gap) / scale). Type and gap share one table, and the scale goes
         # into the weights that read events.
-        session = head.session
-        scale = np.float32(session.scale)
-        types, gaps = _array(session.type_embedding.weight), _array(session.gap_embedding.weight)
+        layer = head.session
+        scale = np.float32(layer.scale)
+        types, gaps = _array(layer.type_embedding.weight), _array(layer.gap_embedding.weight)
         self._type_gap = ((types[:, None] + gaps[None]) / scale).reshape(-1, types.shape[1])
-        width = self._config.d_model
-        self._session_query = _array(session.query.weight.T).copy()
-        self._session_query[width:] *= scale
-        self._session_query_bias = _array(session.query.bias)
-        self._session_out = _array(session.out.weight.T) * scale
-        self._session_out_bias = _array(session.out.bias)
+        weight = _array(layer.query.weight.T)
+        self._asking_weight = np.concatenate([weight[config.d_model :] * scale, weight[: config.d_model]])
+        self._asking_bias = _array(layer.query.bias)
+        weight = _centred(_array(layer.out.weight.T)) * scale
+        self._events_weight = np.concatenate([weight[config.embedding_dim :], weight[: config.embedding_dim]])
+        self._events_bias = _centred(_array(layer.out.bias))
 
         # The hidden layer and the short cut read the same input: one product. The gains and biases of the two layer
-        # norms before it go into its weights.
+        # norms before it go into its weights, and so does the root of C: x / sqrt(sum(x^2) + C e) is left to do.
         norms = head.session_norm, head.context_norm
-        self._epsilon = np.float32(norms[0].eps)
+        self._epsilon = np.float32(norms[0].eps * config.context_dim)
         joined_JN = _array(torch.cat([head.hidden.weight, head.shortcut.weight]).T).copy()
         bias_N = np.concatenate([_array(head.hidden.bias), _array(head.out.bias)])
-        normed = joined_JN[width:]
+        normed = joined_JN[config.d_model :]
         bias_N += np.concatenate([_array(norm.bias) for norm in norms]) @ normed
-        normed *= np.concatenate([_array(norm.weight) for norm in norms])[:, None]
+        normed *= np.concatenate([_array(norm.weight) for norm in norms])[:, None] * np.float32(config.context_dim**0.5)
         self._joined_JN, self._joined_bias_N = joined_JN, bias_N
         self._hidden = head.hidden.weight.shape[0]
         self._out_WE = _array(head.out.weight.T)
@@ -87,72 +107,65 @@ class ServingHead:
 
     def embed(self, states: Floats, contexts: Sequence[Context], history_until_us: Sequence[int | None]) -> Floats:
         """As `Release.embed`: f32 [B, D] to f32 [B, E], L2-normalised."""
-        features = self._featuriser.contexts(contexts, history_until_us)
-        size, width = states.shape
-        context_dim = self._config.context_dim
-        joined_BJ = np.empty((size, width + 2 * context_dim), np.float32)
-        joined_BJ[:, :width] = states
-        parts_B2C = joined_BJ[:, width:].reshape(size, 2, context_dim)  # a view
-        self._session(states, features, parts_B2C[:, 0])
-        self._context(features, parts_B2C[:, 1])
-        parts_B2C -= np.add.reduce(parts_B2C, -1, keepdims=True) / np.float32(context_dim)
-        variance_B2 = np.einsum("bpc,bpc->bp", parts_B2C, parts_B2C) / np.float32(context_dim)
-        parts_B2C /= np.sqrt(variance_B2 + self._epsilon)[..., None]
-        product_BN = joined_BJ @ self._joined_JN
+        features = self._featuriser.context_arrays(contexts, history_until_us)
+        size = len(states)
+        row = np.empty((size, self._width), np.float32)
+        row[:, self._state] = states
+        self._write_session(features, row)
+        self._write_context(features, row)
+        parts_B2C = row[:, self._parts].reshape(size, 2, -1)  # a view
+        square_B2 = np.vecdot(parts_B2C, parts_B2C)
+        square_B2 += self._epsilon
+        parts_B2C /= np.sqrt(square_B2, square_B2)[..., None]
+        product_BN = row[:, self._joined] @ self._joined_JN
         product_BN += self._joined_bias_N
         hidden_BW = F.gelu(torch.from_numpy(product_BN[:, : self._hidden])).numpy()
         embedding_BE: Floats = hidden_BW @ self._out_WE
         embedding_BE += product_BN[:, self._hidden :]
-        length_B = np.sqrt(np.einsum("be,be->b", embedding_BE, embedding_BE))
-        embedding_BE /= np.maximum(length_B, np.float32(1e-12))[:, None]
+        length_B = np.sqrt(np.vecdot(embedding_BE, embedding_BE))
+        embedding_BE /= np.maximum(length_B, _SHORTEST)[:, None]
         return embedding_BE
 
-    def _context(self, features: ContextFeatures, out_BC: Floats) -> None:
-        """Writes the context's vector, before its norm."""
-        category_BC = features.category_BC.numpy()
-        code = np.empty((len(category_BC), 3 + category_BC.shape[1]), np.int64)
-        code[:, 0] = features.hour_B.numpy()
-        code[:, 1] = features.weekday_B.numpy()
-        code[:, 2] = features.age_B.numpy()
-        code[:, 3:] = category_BC
-        code += self._shift
-        np.add.reduce(self._table_RC[code], 1, out=out_BC)
-        weight_BM = features.subject_weight_BM.numpy()
-        if weight_BM.any():
-            item_BME = self._item_IE[features.subject_item_BM.numpy()]
-            subject_BE = (weight_BM[:, None] @ item_BME)[:, 0]
-            subject_BE /= np.maximum(np.add.reduce(weight_BM, -1, keepdims=True), np.float32(1.0))
-            out_BC += subject_BE @ self._subject_EC
+    def _write_context(self, features: ContextArrays, row: Floats) -> None:
+        """Writes the context's vector, less its mean."""
+        out_BC = row[:, self._context]
+        np.add.reduce(self._table_RC.take(features.code_BF + self._shift, 0), 1, out=out_BC)
+        weight_BM = features.subject_weight_BM
+        if np.count_nonzero(weight_BM):
+            item_BME = self._item_IE.take(features.subject_item_BM, 0)
+            weight_BM /= np.maximum(np.add.reduce(weight_BM, 1, keepdims=True), _ONE)
+            out_BC += (weight_BM[:, None] @ item_BME)[:, 0] @ self._subject_EC
         if self._query_QC is not None:
-            out_BC += features.query_BQ.numpy() @ self._query_QC
+            out_BC += features.query_BQ @ self._query_QC
 
-    def _session(self, states: Floats, features: ContextFeatures, out_BC: Floats) -> None:
-        """Writes the session's vector, before its norm; zeros where the session is empty."""
-        length_B = features.session_length_B.numpy()
-        longest = int(length_B.max())
+    def _write_session(self, features: ContextArrays, row: Floats) -> None:
+        """Writes the session's vector, less its mean, and what it is made of; zeros where the session is empty."""
+        length_B = features.session_length_B
+        lengths = length_B.tolist()
+        longest = max(lengths)
         if not longest:
-            out_BC[:] = 0.0
+            row[:, self._session] = 0.0
             return
-        index_BK = features.session_type_BK.numpy()[:, :longest] * GAP_BUCKETS
-        index_BK += features.session_gap_BK.numpy()[:, :longest]
-        event_BKE = self._item_IE[features.session_item_BK.numpy()[:, :longest]]
-        event_BKE += self._type_gap[index_BK]
-        is_ragged = len(length_B) > 1 and bool((length_B < longest).any())
+        item_BK, type_BK, gap_BK = features.session_3BK[:, :, :longest]
+        event_BKE = self._item_IE.take(item_BK, 0)
+        event_BKE += self._type_gap.take(type_BK * GAP_BUCKETS + gap_BK, 0)
+        is_ragged = min(lengths) < longest
         if is_ragged:
-            last_BE = event_BKE[np.arange(len(length_B)), np.maximum(length_B - 1, 0)]
+            row[:, self._last] = event_BKE[np.arange(len(lengths)), np.maximum(length_B - 1, 0)]
         else:
-            last_BE = event_BKE[:, -1]
-        query_BE = np.concatenate([states, last_BE], -1) @ self._session_query
-        query_BE += self._session_query_bias
+            row[:, self._last] = event_BKE[:, -1]
+        query_BE = row[:, self._asking] @ self._asking_weight
+        query_BE += self._asking_bias
         score_BK = (event_BKE @ query_BE[:, :, None])[:, :, 0]
         if is_ragged:
             score_BK[np.arange(longest) >= length_B[:, None]] = -1e9
-        score_BK -= np.maximum.reduce(score_BK, -1, keepdims=True)
-        np.exp(score_BK, out=score_BK)
-        score_BK /= np.add.reduce(score_BK, -1, keepdims=True)
-        pooled_BE = (score_BK[:, None] @ event_BKE)[:, 0]
-        np.matmul(np.concatenate([last_BE, pooled_BE], -1), self._session_out, out=out_BC)
-        out_BC += self._session_out_bias
+        score_BK -= np.maximum.reduce(score_BK, 1, keepdims=True)
+        np.exp(score_BK, score_BK)
+        score_BK /= np.add.reduce(score_BK, 1, keepdims=True)
+        np.matmul(score_BK[:, None], event_BKE, out=row[:, None, self._pooled])
+        out_BC = row[:, self._session]
+        np.matmul(row[:, self._events], self._events_weight, out=out_BC)
+        out_BC += self._events_bias
         if is_ragged:
             out_BC *= (length_B > 0)[:, None]
 

@@ -21,7 +21,7 @@ class Settings:
     metrics_port: int = 9464
     """0 picks a free port."""
     workers: int = 1
-    threads: int = 8
+    threads: int = 16
     """Requests taken in at once by one process; what waits meanwhile becomes one batch."""
     max_queue: int = 256
     """Requests of one process that may wait beyond those being worked on."""

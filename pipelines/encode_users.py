@@ -19,7 +19,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.utils.shared import Shared
 
 from model import event_log
-from model.errors import ConfigError, DataError, TowerError
+from model.errors import ConfigError, DataError, StoreUnavailable, TowerError
 from model.release import Manifest, Registry
 from pipelines.io import Folder
 from pipelines.options import DEFAULT_SHARDS, EncodeSettings, parse_settings
@@ -112,11 +112,14 @@ def _run_release(
 
 
 def _check_redis_clock(redis_url: str, as_of_us: int) -> None:
-    """Before anything is encoded: our own clock may be the one that is wrong."""
+    """Before anything is encoded: our own clock may be the one that is wrong. A Redis that is away costs no run."""
     from pipelines.transforms.publish import check_clock, connect
 
-    with connect(redis_url) as client:
-        check_clock(client, as_of_us)
+    try:
+        with connect(redis_url) as client:
+            check_clock(client, as_of_us)
+    except StoreUnavailable as error:
+        log.warning("%s; encoding goes on, publishing will be tried", error)
 
 
 def releases_to_encode(registry: Registry, wanted: str) -> list[Manifest]:

@@ -23,6 +23,10 @@ MID_PUBLISH = "mid-publish"
 AFTER_PUBLISH = "after-publish"
 """All rows are in Redis; the note that says so is not yet written."""
 
+BEFORE_COLLECT_NOTE = "before-collect-note-{}"
+"""One step's rows are collected, which is not yet noted."""
+AFTER_COLLECT_STEP = "after-collect-step-{}"
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -37,6 +41,6 @@ class Fault:
 
 
 def crash_points(shards: int) -> list[str]:
-    """Every point of a job of so many shards, in the order in which it reaches them."""
+    """Every point of an encode job of so many shards, in the order in which it reaches them."""
     stages = [AFTER_STAGE_SHARD.format(shard) for shard in range(shards)]
     return [AFTER_READ, *stages, BEFORE_MANIFEST, AFTER_MANIFEST, AFTER_RENAME, MID_PUBLISH, AFTER_PUBLISH]

@@ -39,16 +39,16 @@ class PrepareSettings:
 
 
 def prepare(registry: Registry, release: Release, settings: PrepareSettings, say: Callable[[str], None]) -> Pointer:
-    """Name the release in the pointer, register its view, write its states and its items, wait for the servers.
+    """Name the release in the pointer, write its items, register its view, write its states, wait for the servers.
 
     The pointer comes first: from then on the daily job encodes for the release too, and its rows are not collected.
     say: told what was done, a line a step. Raises what the steps raise, PointerConflict where it serves already.
     """
     pointer = registry.prepare(release.manifest.release_id)
     say(f"pointer    epoch {pointer.epoch} names it as prepared")
+    say(f"items      snapshot of {write_snapshot(registry, release):,} items")
     say(f"view       {_register_view(registry, settings)}")
     say(f"states     {_backfill(registry, release, settings, pointer)}")
-    say(f"items      snapshot of {write_snapshot(registry, release):,} items")
     say(f"servers    {_wait_for_servers(registry, release.manifest.release_id, settings.wait_s)}")
     return pointer
 

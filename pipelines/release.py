@@ -29,6 +29,8 @@ the path of a release
   tower-encode   --registry registry --states states ...       (daily) encodes for serving, prepared and previous
   tower-release commit ID --registry registry --states states  checks, then lets it serve
   tower-release rollback  --registry registry --states states  checks the same, then the one before serves again
+  tower-release gc        --registry registry --states states  (now and then) ends the rollback window when it is over
+                                                               and collects what nobody can reach any more
 
 exit status: 0 done, 1 refused or failed, 2 wrong command line
 """
@@ -102,6 +104,17 @@ def make_parser() -> argparse.ArgumentParser:
     command("abandon", "prepare nothing any more; rows that were written are left to gc")
     with_demands(command("commit", "let a prepared release serve", release=True, states=True))
     with_demands(command("rollback", "let the previous release serve again", states=True))
+    sub = command(
+        "gc", "collect rows, runs and item snapshots that neither pointer nor live server reaches", states=True
+    )
+    sub.add_argument("--redis-url", metavar="URL", help="where the rows are (default: the environment's REDIS_URL)")
+    sub.add_argument(
+        "--window-days", type=float, default=7.0, metavar="DAYS",
+        help="how long after a commit or rollback the previous release is kept ready (default: %(default)s)",
+    )  # fmt: skip
+    sub.add_argument("--keys-per-s", type=float, metavar="N", help="look at no more users a second (default: no limit)")
+    sub.add_argument("--keep-folders", action="store_true", help="collect rows only; runs and item snapshots stay")
+    sub.add_argument("--dry-run", action="store_true", help="only count what would go")
     return parser
 
 
@@ -109,12 +122,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 refused or failed; argparse exits with 2."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if "no_redis" in args:
-        if args.no_redis and args.redis_url:
+    if "redis_url" in args:
+        declined = getattr(args, "no_redis", False)
+        if declined and args.redis_url:
             parser.error("--no-redis and --redis-url exclude each other")
-        args.redis_url = None if args.no_redis else args.redis_url or os.environ.get("REDIS_URL")
-        if not args.no_redis and not args.redis_url:
-            parser.error("no Redis to look at: give --redis-url, set REDIS_URL, or say --no-redis")
+        args.redis_url = None if declined else args.redis_url or os.environ.get("REDIS_URL")
+        if not declined and not args.redis_url:
+            or_decline = ", or say --no-redis" if "no_redis" in args else ""
+            parser.error(f"no Redis to look at: give --redis-url or set REDIS_URL{or_decline}")
     registry = Registry(args.registry)
     actions: dict[str, Callable[[], str]] = {
         "list": lambda: release_table(registry),
@@ -124,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "abandon": lambda: _moved(registry.pointer(), registry.abandon()),
         "commit": lambda: commit(registry, args.release, _demands(args), force=args.force),
         "rollback": lambda: rollback(registry, _demands(args), force=args.force),
+        "gc": lambda: _gc(registry, args),
     }
     try:
         print(actions[args.command]())
@@ -212,6 +228,45 @@ def _check(registry: Registry, pointer: Pointer, release_id: str, demands: Deman
         advice = "\nor say --force" if all(finding.may_be_forced for finding in refusals) else ""
         raise ReleaseNotReady(f"release {release_id} may not serve:{reasons}{advice}")
     return f"{verified}\n{findings_table(findings)}"
+
+
+def _gc(registry: Registry, args: argparse.Namespace) -> str:
+    from pipelines.collect import collect
+    from pipelines.transforms.publish import Pace, connect
+
+    window = close_window(registry, args.window_days, _now_us(), dry_run=args.dry_run)
+    pace = None if args.keys_per_s is None else Pace(args.keys_per_s)
+    with connect(args.redis_url) as client:
+        report = collect(registry, client, args.states, dry_run=args.dry_run, keep_folders=args.keep_folders, pace=pace)
+    would = "would be " if report.dry_run else ""
+    lines = [window, f"{report.keys_scanned:,} users looked at"]
+    lines += [f"{rows:,} rows of state version {version} {would}removed" for version, rows in report.rows.items()]
+    lines += [f"{folder} {would}removed" for folder in report.folders]
+    lines += [f"state version {version} kept: {', '.join(why)}" for version, why in report.kept.items()]
+    lines += [
+        f"state version {version} became reachable meanwhile; send its rows again with tower-encode --republish"
+        for version in report.became_reachable
+    ]
+    return "\n".join(lines)
+
+
+def close_window(registry: Registry, window_days: float, now_us: int, *, dry_run: bool) -> str:
+    """End the rollback window if the release that serves has served for so long; says what was done.
+
+    Raises PointerConflict when somebody else moved the pointer meanwhile.
+    """
+    pointer = registry.pointer()
+    if pointer.previous is None:
+        return "no release is kept for a rollback"
+    flips = [change for change in registry.history() if change.action in ("commit", "rollback")]
+    served_us = now_us - flips[-1].at_us if flips else 0
+    left_us = int(window_days * 86_400e6) - served_us
+    if left_us > 0:
+        return f"{pointer.previous} stays ready for a rollback for another {span(left_us)}"
+    if dry_run:
+        return f"the rollback window is over; {pointer.previous} would be let go first, which this count leaves out"
+    after = registry.close_window(expected_epoch=pointer.epoch)
+    return f"epoch {after.epoch}: the rollback window is over, {pointer.previous} is let go"
 
 
 def findings_table(findings: Sequence[Finding]) -> str:

@@ -214,6 +214,15 @@ class RunPlan:
 
         Two jobs of one plan write the same bytes to the same names, each file by one rename.
         """
+        return self.store.staging(self.run_id, self._fixed())
+
+    @property
+    def reports(self) -> Folder:
+        """Where each finished shard leaves its report, beside the files that will be the run's."""
+        return self.store.staging(self.run_id, f"{self._fixed()}.reports")
+
+    def _fixed(self) -> str:
+        """Digest of all that fixes the run's bytes."""
         fixed = {
             "release": self.release_id,
             "shards": self.shards,
@@ -224,7 +233,7 @@ class RunPlan:
             "history_limit": self.history_limit,
             "libraries": library_versions(),
         }
-        return self.store.staging(self.run_id, hashlib.sha256(json_bytes(fixed)).hexdigest()[:16])
+        return hashlib.sha256(json_bytes(fixed)).hexdigest()[:16]
 
     @property
     def chunk_schema(self) -> pa.Schema:

@@ -44,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     parser.add_argument("--head-only-from", metavar="RELEASE", help="keep that release's encoder and state version")
+    parser.add_argument(
+        "--release-at", type=_epochs, default=(), metavar="EPOCH,...",
+        help="make a release after each of these epochs too, besides the best one at the end",
+    )  # fmt: skip
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--max-users", type=int)
     parser.add_argument("--max-events", type=int)
@@ -98,6 +102,7 @@ def _train(args: argparse.Namespace) -> None:
         folder=args.out or Path(args.registry) / "training",
         resume=args.resume,
         head_only_from=args.head_only_from,
+        release_at=args.release_at,
     )
     manifest = result.manifest
     for said in result.summary["capped"]:
@@ -105,6 +110,13 @@ def _train(args: argparse.Namespace) -> None:
     print(f"release {manifest.release_id}")
     print(f"state version {manifest.state_version}, embedding version {manifest.embedding_version}")
     print(json.dumps({name: round(value, 4) for name, value in manifest.metrics.items()}))
+
+
+def _epochs(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"epochs are numbers with commas between, got {text!r}") from None
 
 
 def _value(text: str, value: str) -> Any:

@@ -1,4 +1,4 @@
-"""tower-evaluate: what a release is worth on the test part of a log, beside popularity.
+"""tower-evaluate: what releases are worth on the test part of a log, beside popularity and mixed with each other.
 
 Every test event is asked as a request just before it and ranked among the whole catalogue. A time split cuts the
 state at the last daily refresh before the event and gives the events since then as session; leave-one-out asks each
@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from model.context_head import ContextHead
 from model.dataset import DatasetDescription
 from model.encoder import Encoder
-from model.errors import ConfigError, DataError, TowerError
+from model.errors import CheckpointError, ConfigError, DataError, TowerError
 from model.event_log import read_items, read_log, read_users
 from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue
 from model.release import Registry, Release
@@ -45,7 +45,6 @@ SLICES = ("all", "item_seen", "item_unseen", "user_with_history", "user_without_
 _HOUR_US = 3_600_000_000
 
 
-@torch.inference_mode()
 def embed_requests(
     encoder: Encoder,
     head: ContextHead,
@@ -63,24 +62,62 @@ def embed_requests(
     target_B: i64 [B], events asked for. cut_B: i64 [B], last event each state has seen; below the user's first event
     for a cold start. with_context: False gives the same states and no context at all.
     """
-    config, device = head.config, head.cold_state_D.device
+    state_QD, row_B = encode_requests(encoder, events, target_B, cut_B, batch=batch)
+    return answer_requests(
+        head, item_IE, events, target_B, cut_B, state_QD, row_B, with_context=with_context, batch=batch
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def encode_requests(
+    encoder: Encoder, events: EventArrays, target_B: Ints, cut_B: Ints, *, batch: int = 8192
+) -> tuple[torch.Tensor, Ints]:
+    """The states that requests need, each once: f32 [Q, D] on the encoder's device, and the row of each request.
+
+    target_B, cut_B: as in embed_requests. The row is -1 for a cold start.
+    """
+    device = encoder.norm.weight.device
     cold_B = cut_B < events.offsets[events.user_T[target_B]]
     distinct_Q, state_of_B = np.unique(cut_B[~cold_B], return_inverse=True)
-    state_QD = torch.empty(len(distinct_Q), config.d_model, device=device)
-    for index, histories in history_batches(distinct_Q, events, config.history_limit, 4 * batch):
+    state_QD = torch.empty(len(distinct_Q), encoder.config.d_model, device=device)
+    for index, histories in history_batches(distinct_Q, events, encoder.config.history_limit, 4 * batch):
         state_QD[torch.from_numpy(index).to(device)] = encoder.states(histories.to(device))
     row_B = np.full(len(target_B), -1)
     row_B[~cold_B] = state_of_B
+    return state_QD, row_B
+
+
+@torch.inference_mode()
+def answer_requests(
+    head: ContextHead,
+    item_IE: torch.Tensor,
+    events: EventArrays,
+    target_B: Ints,
+    cut_B: Ints,
+    state_QD: torch.Tensor,
+    row_B: Ints,
+    *,
+    with_context: bool = True,
+    batch: int = 8192,
+) -> torch.Tensor:
+    """User embeddings from given states: f32 [B, E], L2-normalised.
+
+    state_QD: f32 [Q, D]. row_B: i64 [B], the state of each request, -1 for the cold state (whose age is absent too).
+    The rest is as in embed_requests.
+    """
+    config, device = head.config, head.cold_state_D.device
     user_BE = torch.empty(len(target_B), config.embedding_dim, device=device)
     for start in range(0, len(target_B), batch):
         part = slice(start, start + batch)
-        row = torch.from_numpy(row_B[part]).to(device)
-        state_BD = head.cold_state_D.expand(len(row), -1).clone()
-        state_BD[row >= 0] = state_QD[row[row >= 0]]
+        row = torch.from_numpy(row_B[part])
         if with_context:
             context = events.contexts(target_B[part], cut_B[part], config)
+            context = replace(context, age_B=context.age_B * (row >= 0))
         else:
             context = absent_contexts(len(row), len(head.column_embeddings), config)
+        row = row.to(device)
+        state_BD = head.cold_state_D.expand(len(row), -1).clone()
+        state_BD[row >= 0] = state_QD[row[row >= 0]]
         user_BE[part] = head(state_BD, context.to(device), item_IE)
     return user_BE
 
@@ -138,6 +175,53 @@ def make_test_set(
         history_B=cut >= events.offsets[events.user_T[target]],
         trained_T=trained_T,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Which items of a release's catalogue each request is ranked among."""
+
+    num_items: int
+    item_B: Ints
+    """Row of the item asked for."""
+    time_us_B: Ints
+    born_us_N: Ints | None
+    """Time before which an item is no candidate; None where nothing is known of it."""
+    seen_rows: Ints | None
+    """Items of each user's events before the target, packed; None where they stay candidates."""
+    seen_offsets: Ints | None
+
+    @classmethod
+    def of(
+        cls, release: Release, events: EventArrays, items: pa.Table, target_B: Ints, *, exclude_seen: bool
+    ) -> "Candidates":
+        """events: the log as the release's featuriser reads it. items: as read_items returns them."""
+        seen_rows, seen_offsets = _seen(events, target_B) if exclude_seen else (None, None)
+        born_us_N = _born(release, items)
+        times = events.time_us_T[target_B]
+        return cls(events.num_items, events.item_T[target_B], times, born_us_N, seen_rows, seen_offsets)
+
+    def mask(self, b: int) -> NDArray[np.bool_] | None:
+        """Candidates of the b-th request [N]; None for every item."""
+        if self.born_us_N is None and self.seen_rows is None:
+            return None
+        mask_N = np.ones(self.num_items, bool) if self.born_us_N is None else self.born_us_N <= self.time_us_B[b]
+        if self.seen_rows is not None and self.seen_offsets is not None:
+            rows = self.seen_rows[self.seen_offsets[b] : self.seen_offsets[b + 1]]
+            mask_N[rows[(rows < self.num_items) & (rows != self.item_B[b])]] = False
+        return mask_N
+
+    def ranks(self, user_BE: torch.Tensor, item_IE: torch.Tensor) -> Ints:
+        """Ranks of the items asked for, by dot product. item_IE: f32 [I, E], the item tower's rows."""
+        return rank_catalogue(
+            user_BE,
+            item_IE[: self.num_items],
+            torch.from_numpy(self.item_B),
+            available_from_us_N=None if self.born_us_N is None else torch.from_numpy(self.born_us_N),
+            time_us_B=torch.from_numpy(self.time_us_B),
+            seen_rows=None if self.seen_rows is None else torch.from_numpy(self.seen_rows),
+            seen_offsets=None if self.seen_offsets is None else torch.from_numpy(self.seen_offsets),
+        )
 
 
 def popularity_ranks(count_N: Ints, item_B: Ints, candidate: Callable[[int], NDArray[np.bool_] | None]) -> Ints:
@@ -219,41 +303,20 @@ def evaluate_quality(
     if recent_hours is None:
         recent_hours = 3.0 if by_time else 7 * 24.0
     repeats = repeat_share(events)
-    if seen not in ("auto", "exclude", "keep"):
-        raise ConfigError(f"seen must be auto, exclude or keep, got {seen!r}")
-    exclude_seen = seen == "exclude" or (seen == "auto" and repeats < 0.01)
-    born_us_N = _born(release, items)
-    item_B, time_us_B = events.item_T[test.target_B], events.time_us_T[test.target_B]
-    seen_rows, seen_offsets = _seen(events, test.target_B) if exclude_seen else (None, None)
-
-    def candidate(b: int) -> NDArray[np.bool_] | None:
-        if born_us_N is None and seen_rows is None:
-            return None
-        mask_N = np.ones(events.num_items, bool) if born_us_N is None else born_us_N <= time_us_B[b]
-        if seen_rows is not None and seen_offsets is not None:
-            rows = seen_rows[seen_offsets[b] : seen_offsets[b + 1]]
-            mask_N[rows[(rows < events.num_items) & (rows != item_B[b])]] = False
-        return mask_N
-
+    exclude_seen = excludes_seen(seen, repeats)
+    candidates = Candidates.of(release, events, items, test.target_B, exclude_seen=exclude_seen)
+    item_B, time_us_B = candidates.item_B, candidates.time_us_B
     item_IE = release.items.table()
     ranks: dict[str, Ints] = {}
     for arm, with_context in (("context", True), ("no_context", False)):
         user_BE = embed_requests(
             release.encoder, release.head, item_IE, events, test.target_B, test.cut_B, with_context=with_context
         )
-        ranks[arm] = rank_catalogue(
-            user_BE,
-            item_IE[: events.num_items],
-            torch.from_numpy(item_B),
-            available_from_us_N=None if born_us_N is None else torch.from_numpy(born_us_N),
-            time_us_B=torch.from_numpy(time_us_B),
-            seen_rows=None if seen_rows is None else torch.from_numpy(seen_rows),
-            seen_offsets=None if seen_offsets is None else torch.from_numpy(seen_offsets),
-        )
+        ranks[arm] = candidates.ranks(user_BE, item_IE)
     counted = events.item_T[test.trained_T & events.positive_T]
     count_N = np.bincount(counted[counted < events.num_items], minlength=events.num_items)
-    ranks["popularity"] = popularity_ranks(count_N, item_B, candidate)
-    ranks["recent_popularity"] = recent_popularity_ranks(events, item_B, time_us_B, recent_hours, candidate)
+    ranks["popularity"] = popularity_ranks(count_N, item_B, candidates.mask)
+    ranks["recent_popularity"] = recent_popularity_ranks(events, item_B, time_us_B, recent_hours, candidates.mask)
     masks = {
         "all": np.ones(len(item_B), bool),
         "item_seen": test.seen_item_B,
@@ -279,7 +342,7 @@ def evaluate_quality(
         "recent_hours": recent_hours,
         "seen_items": "excluded" if exclude_seen else "kept",
         "repeat_share": round(repeats, 4),
-        "unavailable_items": "kept" if born_us_N is None else "excluded",
+        "unavailable_items": "kept" if candidates.born_us_N is None else "excluded",
         "interval": "95 %, bootstrap over users",
         "slices": {
             name: {"events": int(mask.sum()), "users": len(np.unique(user_B[mask]))} for name, mask in masks.items()
@@ -300,6 +363,13 @@ def evaluate_quality(
 
 def _estimates(rank_B: Ints, user_B: Ints, ks: Sequence[int], resamples: int, seed: int) -> dict[str, Estimate]:
     return bootstrap_means(event_metrics(rank_B, ks), user_B, resamples=resamples, seed=seed)
+
+
+def excludes_seen(seen: str, repeats: float) -> bool:
+    """Whether the user's earlier items are no candidates. seen: see evaluate_quality. Raises ConfigError."""
+    if seen not in ("auto", "exclude", "keep"):
+        raise ConfigError(f"seen must be auto, exclude or keep, got {seen!r}")
+    return seen == "exclude" or (seen == "auto" and repeats < 0.01)
 
 
 def repeat_share(events: EventArrays) -> float:
@@ -368,40 +438,85 @@ def show(report: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """tower-evaluate. Returns 0, or 1 with a message when something is wrong with the input."""
-    parser = argparse.ArgumentParser(prog="tower-evaluate", description="Measure a release on the test part of a log.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    quality = commands.add_parser("quality", help="full-catalogue Recall, NDCG and MRR beside popularity")
-    quality.add_argument("--registry", required=True)
-    quality.add_argument("--release", help="release id, or 'serving' (default: the newest release)")
-    quality.add_argument("--events", required=True, help="Parquet file or folder")
-    quality.add_argument("--items", required=True)
-    quality.add_argument("--users")
-    quality.add_argument("--dataset", help="dataset description; default: the release's own")
-    quality.add_argument("--k", type=int, nargs="+", default=[10, 20, 50])
-    quality.add_argument("--recent-hours", type=float, help="window of recent popularity (3; 168 for leave-one-out)")
-    quality.add_argument("--seen", choices=("auto", "exclude", "keep"), default="auto", help="the user's earlier items")
-    quality.add_argument("--max-test-events", type=int, help="sample a larger test down to so many events")
-    quality.add_argument("--seed", type=int, default=0)
-    quality.add_argument("--resamples", type=int, default=500, help="of the bootstrap")
-    quality.add_argument("--device", default="cpu")
-    quality.add_argument("--out", type=Path, help="write the report as JSON")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        report = _quality(args)
+        report, text = {"quality": _quality, "skew": _skew, "bridge": _bridge}[args.command](args)
     except TowerError as error:
         print(f"tower-evaluate: {error}", file=sys.stderr)
         return 1
-    print(show(report))
+    print(text)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1))
     return 0
 
 
-def _quality(args: argparse.Namespace) -> dict[str, Any]:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tower-evaluate", description="Measure releases on the test part of a log.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    quality = commands.add_parser("quality", help="full-catalogue Recall, NDCG and MRR beside popularity")
+    _add_test_arguments(quality)
+    quality.add_argument("--release", help="release id, or 'serving' (default: the newest release)")
+    quality.add_argument("--k", type=int, nargs="+", default=[10, 20, 50])
+    quality.add_argument("--recent-hours", type=float, help="window of recent popularity (3; 168 for leave-one-out)")
+
+    skew = commands.add_parser("skew", help="Recall@K where encoder, head and item index are of different releases")
+    _add_test_arguments(skew)
+    skew.add_argument(
+        "--family", choices=("run", "seeds"), default="run", help="checkpoints of one run, or the last of every run"
+    )  # fmt: skip
+    skew.add_argument("--release", help="any release of the run (default: the newest release)")
+    skew.add_argument("--k", type=int, default=20)
+    skew.add_argument("--plot", type=Path, help="draw heat maps, .svg or .png; needs matplotlib")
+
+    bridge = commands.add_parser("bridge", help="fit and measure a map from one release's states to another's")
+    _add_test_arguments(bridge)
+    bridge.add_argument("--from", dest="from_release", required=True, help="release id of the old states")
+    bridge.add_argument("--to", dest="to_release", required=True, help="release id of the new states")
+    bridge.add_argument("--k", type=int, default=20)
+    bridge.add_argument("--held-out", type=float, default=0.5, help="share of the test's users that measure the bridge")
+    bridge.add_argument("--max-fit-users", type=int, default=50_000)
+    bridge.add_argument("--plot", type=Path, help="draw Recall by the share backfilled, .svg or .png; needs matplotlib")
+    return parser
+
+
+def _add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--registry", required=True)
+    parser.add_argument("--events", required=True, help="Parquet file or folder")
+    parser.add_argument("--items", required=True)
+    parser.add_argument("--users")
+    parser.add_argument("--dataset", help="dataset description; default: the release's own")
+    parser.add_argument("--seen", choices=("auto", "exclude", "keep"), default="auto", help="the user's earlier items")
+    parser.add_argument("--max-test-events", type=int, help="sample a larger test down to so many events")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resamples", type=int, default=500, help="of the bootstrap")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="write the report as JSON")
+
+
+def _test_inputs(args: argparse.Namespace, release: Release) -> dict[str, Any]:
+    """What every measure of a log takes, as the command line gives it."""
     from model.dataset import load_description
 
+    description = release.manifest.description if args.dataset is None else load_description(args.dataset)
+    if description.user_columns and args.users is None:
+        raise DataError(f"the description declares user columns {list(description.user_columns)}; give --users")
+    table, _ = read_log(args.events, description)
+    return {
+        "table": table,
+        "items": read_items(args.items, description),
+        "users": None if args.users is None else read_users(args.users, description),
+        "description": description,
+        "seen": args.seen,
+        "max_test_events": args.max_test_events,
+        "seed": args.seed,
+        "resamples": args.resamples,
+    }
+
+
+def _quality(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     registry = Registry(args.registry)
     release_id = args.release
     if release_id is None:
@@ -413,24 +528,49 @@ def _quality(args: argparse.Namespace) -> dict[str, Any]:
         if release_id is None:
             raise DataError(f"nothing serves in {args.registry}")
     release = registry.load(release_id, device=args.device)
-    description = release.manifest.description if args.dataset is None else load_description(args.dataset)
-    if description.user_columns and args.users is None:
-        raise DataError(f"the description declares user columns {list(description.user_columns)}; give --users")
-    table, _ = read_log(args.events, description)
-    users = None if args.users is None else read_users(args.users, description)
-    return evaluate_quality(
-        release,
-        table,
-        read_items(args.items, description),
-        users,
-        description=description,
-        ks=sorted(set(args.k)),
-        recent_hours=args.recent_hours,
-        seen=args.seen,
-        max_test_events=args.max_test_events,
-        seed=args.seed,
-        resamples=args.resamples,
+    report = evaluate_quality(
+        release, ks=sorted(set(args.k)), recent_hours=args.recent_hours, **_test_inputs(args, release)
     )
+    return report, show(report)
+
+
+def _skew(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from model.skew import keep_study
+    from model.skew import show as show_skew
+    from model.training.plots import draw_skew, plotting
+    from model.training.skew import family, skew_study
+
+    if args.plot is not None:
+        plotting()  # refused before the work, not after it
+    registry = Registry(args.registry)
+    releases = [registry.load(name, device=args.device) for name in family(registry, args.family, args.release)]
+    study = skew_study(releases, k=args.k, **_test_inputs(args, releases[-1]))
+    kept = keep_study(registry, study)
+    if args.plot is not None:
+        draw_skew(study, args.plot)
+    return study, f"{show_skew(study)}\nstudies {', '.join(kept)}"
+
+
+def _bridge(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from model.bridge import bridge_folder
+    from model.training.bridge import bridge_study, keep_bridge
+    from model.training.bridge import show as show_bridge
+    from model.training.plots import draw_bridge, plotting
+
+    if args.plot is not None:
+        plotting()
+    registry = Registry(args.registry)
+    old, new = (registry.load(name, device=args.device) for name in (args.from_release, args.to_release))
+    folder = bridge_folder(old.manifest.state_version, new.manifest.state_version)
+    if registry.get(f"{folder}/manifest.json") is not None:
+        raise CheckpointError(f"{folder} is already in {args.registry}; a bridge never changes")
+    bridge, study = bridge_study(
+        old, new, k=args.k, held_out=args.held_out, max_fit_users=args.max_fit_users, **_test_inputs(args, new)
+    )
+    keep_bridge(registry, bridge, study, old)
+    if args.plot is not None:
+        draw_bridge(study, args.plot)
+    return study, f"{show_bridge(study)}\n{folder}"
 
 
 if __name__ == "__main__":

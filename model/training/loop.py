@@ -9,12 +9,14 @@ import json
 import logging
 import math
 import os
+import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from model.features import build_vocabularies
 from model.hybrid_tower import HybridTower
 from model.losses import collision_mask, sampled_softmax
 from model.metrics import event_metrics, rank_catalogue
-from model.release import Manifest, Registry
+from model.release import Lineage, Manifest, Registry
 from model.training.data import (
     EventArrays,
     Ints,
@@ -64,6 +66,8 @@ class TrainResult:
 class Progress:
     """Where a run stands; travels in the checkpoint."""
 
+    run: str = ""
+    """Name of the run, kept when it is resumed."""
     epoch: int = 0
     step: int = 0
     """Steps done in this epoch."""
@@ -88,19 +92,21 @@ class Trainer:
         folder: Path | None = None,
         head_only: bool = False,
         on_step: Callable[[int], None] | None = None,
+        on_epoch: Callable[[Progress], None] | None = None,
     ) -> None:
         """validation: events held out of `data`, asked after each epoch; none means no early stopping.
 
         folder: where checkpoint.pt and TensorBoard's events go; None keeps nothing.
         head_only: the encoder and its item embedder stay as they are, to the bit.
         on_step: called after every step with the number of steps done.
+        on_epoch: called after every epoch, validated but not yet in the checkpoint.
         """
         self.tower, self.data, self.validation, self.settings = tower.to(device), data, validation, settings
         self.device = torch.device(device)
         self.folder = folder
         self.head_only = head_only
-        self.progress = Progress()
-        self._on_step = on_step
+        self.progress = Progress(run=f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}")
+        self._on_step, self._on_epoch = on_step, on_epoch
         self._best: dict[str, torch.Tensor] | None = None
         self._optimiser = _optimiser(tower, settings, head_only=head_only, fused=self.device.type == "cuda")
         self._identity = json.dumps(
@@ -160,6 +166,8 @@ class Trainer:
             log.info("epoch %d of %d, %.0f s: %s", progress.epoch, settings.epochs, progress.seconds, shown)
             for name, value in metrics.items():
                 board(name, value, progress.total_steps)
+            if self._on_epoch is not None:
+                self._on_epoch(progress)
             stop = self._finished()
             self.save()
         if self._best is not None:
@@ -319,7 +327,7 @@ class Trainer:
         self.tower.load_state_dict(saved["tower"])
         self._optimiser.load_state_dict(saved["optimiser"])
         self._best = saved["best"]
-        self.progress = Progress(**saved["progress"])
+        self.progress = Progress(**({"run": self.progress.run} | saved["progress"]))
         return True
 
 
@@ -336,6 +344,7 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
     head_only_from: str | None = None,
+    release_at: Collection[int] = (),
     on_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train a tower on the training part of a log and write it to the registry as a release.
@@ -343,6 +352,7 @@ def train(
     events: a whole log as read_log returns it; the description's test part is left out here. items, users: as
     read_items and read_users return them. settings, config: None means what fits the data set's size.
     head_only_from: id of a release whose encoder and vocabularies are kept; its state version carries over.
+    release_at: epochs after which the weights as they stand become a release too, beside the best epoch's at the end.
     Raises DataError, ConfigError or CheckpointError.
     """
     started = time.monotonic()
@@ -353,6 +363,8 @@ def train(
     table, capped = cap(part, settings)
     for said in capped:
         log.warning("training is capped: %s", said)
+    if wrong := sorted(epoch for epoch in release_at if not 1 <= epoch <= settings.epochs):
+        raise ConfigError(f"releases can be made at epochs 1 to {settings.epochs}, not at {wrong}")
     torch.manual_seed(settings.seed)
     if head_only_from is None:
         vocabularies = build_vocabularies(description, table, users)
@@ -373,21 +385,35 @@ def train(
         description.name, len(table), len(arrays.user_ids), arrays.num_items, data.num_targets, len(validation),
         time.monotonic() - started,
     )  # fmt: skip
+    catalogue = items.drop_columns(["available_from_us"]) if "available_from_us" in items.column_names else items
+
+    def release(epoch: int, history: list[dict[str, float]]) -> Manifest:
+        """The tower as it stands, as the release of that epoch; the one there is where it was written already."""
+        lineage = Lineage(run=trainer.progress.run, seed=settings.seed, epoch=epoch)
+        if release_at and (written := _written(registry, lineage)):
+            return written
+        row = next((row for row in history if row["epoch"] == epoch), {})
+        return registry.write(
+            tower, catalogue, base=head_only_from, lineage=lineage, trained_until_us=int(arrays.time_us_T.max()),
+            metrics={name: value for name, value in row.items() if name.startswith("validation_") or name == "loss"},
+        )  # fmt: skip
+
+    def on_epoch(progress: Progress) -> None:
+        if progress.epoch in release_at:
+            log.info("release %s at epoch %d", release(progress.epoch, progress.history).release_id, progress.epoch)
+
     trainer = Trainer(
         tower, data, validation, settings,
-        device=device, folder=folder, head_only=head_only_from is not None, on_step=on_step,
+        device=device, folder=folder, head_only=head_only_from is not None, on_step=on_step, on_epoch=on_epoch,
     )  # fmt: skip
     if resume:
         log.info("resumed at %s", trainer.progress) if trainer.resume() else log.info("no checkpoint; starting anew")
     trainer.run()
     trainer.tower.to("cpu")
     progress = trainer.progress
-    best = next((row for row in progress.history if row["epoch"] == progress.best_epoch), {})
-    metrics = {name: value for name, value in best.items() if name.startswith("validation_") or name == "loss"}
-    manifest = registry.write(
-        tower, items.drop_columns(["available_from_us"]) if "available_from_us" in items.column_names else items,
-        trained_until_us=int(arrays.time_us_T.max()), metrics=metrics, base=head_only_from,
-    )  # fmt: skip
+    if missed := sorted(epoch for epoch in release_at if epoch > progress.epoch):
+        log.warning("the run ended after epoch %d: no release at %s", progress.epoch, missed)
+    manifest = release(progress.best_epoch if progress.best_epoch > 0 else progress.epoch, progress.history)
     if head_only_from is not None:
         kept = registry.manifest(head_only_from).state_version
         if manifest.state_version != kept:
@@ -395,6 +421,7 @@ def train(
     summary = {
         "dataset": description.name,
         "release_id": manifest.release_id,
+        "run": progress.run,
         "state_version": manifest.state_version,
         "embedding_version": manifest.embedding_version,
         "device": device,
@@ -414,6 +441,12 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     return TrainResult(manifest, summary)
+
+
+def _written(registry: Registry, lineage: Lineage) -> Manifest | None:
+    """The release of that very run and epoch, where there is one: a resumed run comes by an epoch's end again."""
+    manifests = (registry.manifest(release_id) for release_id in registry.releases())
+    return next((manifest for manifest in manifests if manifest.lineage == lineage), None)
 
 
 def _from_release(

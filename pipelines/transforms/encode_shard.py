@@ -165,19 +165,19 @@ class EncodeShard(beam.DoFn):
             plan.staging.write(name, data)
             files[name] = hashlib.sha256(data).hexdigest()
         report = json.dumps({"shard": shard, "counts": tables.counts, "files": files}).encode()
-        plan.staging.write(_report_name(shard), report)
+        plan.reports.write(_report_name(shard), report)
         return report
 
 
 def _report_name(shard: int) -> str:
-    return f"reports/shard-{shard:05d}.json"
+    return f"shard-{shard:05d}.json"
 
 
 def finished_report(plan: RunPlan, shard: int) -> bytes | None:
     """The report of a shard that an earlier job of the same plan has finished; None where its files are not whole."""
-    if not plan.staging.exists(_report_name(shard)):
+    if not plan.reports.exists(_report_name(shard)):
         return None
-    report = plan.staging.read(_report_name(shard))
+    report = plan.reports.read(_report_name(shard))
     for name, digest in json.loads(report)["files"].items():
         if not plan.staging.exists(name) or plan.staging.sha256(name) != digest:
             return None

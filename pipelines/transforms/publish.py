@@ -34,20 +34,8 @@ FUTURE_TOLERANCE_S: Final = 300
 MAX_TOKEN: Final = 2**53 - 1
 """Lua counts in float64."""
 
-# KEYS: the users.  ARGV: 1 event time field, 2 its value, 3 fence field, 4 its value, 5 as-of seconds, 6 token,
-# 7 state field, 8 history_until field, 9 state_version field, 10 its value, 11 encoded_at field, 12 its value, 13 the
-# seconds an as-of time may be ahead, then the state and the history_until of each user.
-# Returns how many rows were written; minus the seconds that the as-of time lies ahead of Redis's own clock where it
-# does: the writer's clock may be the one that is wrong, and a row from the future would block every later write.
-COMPARE_AND_SET: Final = """
-local ts_field, ts, fence_field, fence = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local as_of, token = tonumber(ARGV[5]), tonumber(ARGV[6])
-local call, byte = redis.call, string.byte
-
-local ahead = as_of - tonumber(call('TIME')[1])
-if ahead > tonumber(ARGV[13]) then
-  return -ahead
-end
+PARSE_TIMESTAMP: Final = """
+local byte = string.byte
 
 -- Number and end of the protobuf varint at `at`.
 local function varint(data, at)
@@ -78,6 +66,25 @@ local function parse(data)
     return nil
   end
   return seconds, nanos
+end
+"""
+"""Lua: parse(data), whole seconds and nanoseconds of a stored event time."""
+
+# KEYS: the users.  ARGV: 1 event time field, 2 its value, 3 fence field, 4 its value, 5 as-of seconds, 6 token,
+# 7 state field, 8 history_until field, 9 state_version field, 10 its value, 11 encoded_at field, 12 its value, 13 the
+# seconds an as-of time may be ahead, then the state and the history_until of each user.
+# Returns how many rows were written; minus the seconds that the as-of time lies ahead of Redis's own clock where it
+# does: the writer's clock may be the one that is wrong, and a row from the future would block every later write.
+COMPARE_AND_SET: Final = (
+    PARSE_TIMESTAMP
+    + """
+local ts_field, ts, fence_field, fence = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local as_of, token = tonumber(ARGV[5]), tonumber(ARGV[6])
+local call = redis.call
+
+local ahead = as_of - tonumber(call('TIME')[1])
+if ahead > tonumber(ARGV[13]) then
+  return -ahead
 end
 
 -- Whether the row that stands there gives way. A torn event time always does: nothing can be read from it.
@@ -112,7 +119,15 @@ for i, key in ipairs(KEYS) do
 end
 return written
 """
-SCRIPT_SHA: Final = hashlib.sha1(COMPARE_AND_SET.encode(), usedforsecurity=False).hexdigest()
+)
+
+
+def sha_of(script: str) -> str:
+    """The name by which Redis knows a script."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+SCRIPT_SHA: Final = sha_of(COMPARE_AND_SET)
 
 
 class Pace:

@@ -15,7 +15,7 @@ from model.event_log import read_items, read_log, read_users
 from model.features import build_vocabularies
 from model.hybrid_tower import HybridTower
 from model.records import Context, Event
-from model.release import Registry
+from model.release import Manifest, Registry
 from model.training import __main__ as command
 from model.training.data import (
     EventArrays,
@@ -26,7 +26,7 @@ from model.training.data import (
     training_part,
     validation_targets,
 )
-from model.training.loop import train
+from model.training.loop import Trainer, train
 from model.training.settings import LogCounts, TrainSettings, config_for, settings_for
 from tests.builders import make_description, make_event, make_event_table, write_dataset
 
@@ -264,6 +264,60 @@ def test_a_killed_run_resumes_to_the_same_weights(dataset, tmp_path):
     one, two = weights(registry, undisturbed.manifest), weights(other, resumed.manifest)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert undisturbed.manifest.embedding_version == resumed.manifest.embedding_version
+
+
+def test_releases_at_epochs_are_marked_and_leave_the_run_as_it_is(dataset, tmp_path):
+    plain, _ = run(dataset, tmp_path / "a")
+    made, registry = run(dataset, tmp_path / "b", release_at=(1, 3))
+    assert made.manifest.embedding_version == plain.manifest.embedding_version
+    manifests = [registry.manifest(name) for name in registry.releases()]
+    best = made.summary["best_epoch"]
+    assert {manifest.lineage.epoch for manifest in manifests} == {1, 3, best}
+    assert len(manifests) == len({1, 3, best})  # the best epoch's is written once
+    assert made.manifest.lineage.epoch == best
+    for manifest in manifests:
+        assert (manifest.lineage.run, manifest.lineage.seed) == (made.summary["run"], 0)
+        history = {row["epoch"]: row for row in made.summary["history"]}
+        assert manifest.metrics["loss"] == history[manifest.lineage.epoch]["loss"]
+        assert registry.load(manifest.release_id).verify().passed
+
+
+def test_a_resumed_run_makes_no_release_twice(dataset, tmp_path, monkeypatch):
+    """Killed between the release of epoch 1 and the checkpoint after it, the run comes by that epoch's end again."""
+    save, often = Trainer.save, replace(QUICK, checkpoint_steps=1)
+
+    def kill(trainer):
+        if (trainer.progress.epoch, trainer.progress.step) == (1, 0):
+            raise Killed
+        save(trainer)
+
+    monkeypatch.setattr(Trainer, "save", kill)
+    with pytest.raises(Killed):
+        run(dataset, tmp_path, often, release_at=(1,))
+    monkeypatch.undo()
+    first = Registry(tmp_path / "registry").releases()
+    assert len(first) == 1
+    made, registry = run(dataset, tmp_path, often, release_at=(1,), resume=True)
+    lineages = [registry.manifest(name).lineage for name in registry.releases()]
+    assert [lineage.epoch for lineage in lineages].count(1) == 1
+    assert {lineage.run for lineage in lineages} == {made.summary["run"]}
+    assert registry.releases()[0] == first[0]
+
+
+def test_releases_at_epochs_the_run_has_not_are_refused(dataset, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"epochs 1 to 3, not at \[0, 4\]"):
+        run(dataset, tmp_path, release_at=(0, 2, 4))
+    with pytest.raises(SystemExit):
+        command.main(["--events", "e", "--items", "i", "--registry", "r", "--release-at", "1,x"])
+    assert "numbers with commas between, got '1,x'" in capsys.readouterr().err
+
+
+def test_a_manifest_from_before_runs_were_named_still_reads(dataset, tmp_path):
+    made, _ = run(dataset, tmp_path, replace(QUICK, epochs=1))
+    values = made.manifest.to_dict()
+    assert Manifest.from_dict(values) == made.manifest
+    del values["lineage"]
+    assert Manifest.from_dict(values).lineage is None
 
 
 def test_another_seed_gives_other_weights(dataset, tmp_path):

@@ -124,3 +124,51 @@ def test_redis_away_leaves_a_committed_run(
     assert job.store.run_ids() == [run_id(TODAY)]
     job.run(log, TODAY, redis=redis_url)
     assert len(content(redis_url, job.state_version)) == 1
+
+
+def test_a_killed_job_carries_on_from_its_finished_shards(job: Job, tmp_path: Path, redis_url: str) -> None:
+    """The second job encodes only what the first had not finished: a finished shard's files are not written again."""
+    log = write_rows(tmp_path / "a.parquet", [row(u, 10 + u % 7, T + u) for u in range(12)])
+    child = multiprocessing.get_context("spawn").Process(
+        target=run_and_die, args=(job.arguments(log, TODAY), faults.AFTER_STAGE_SHARD.format(1))
+    )
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    (staged,) = (job.states / job.state_version / "staging").rglob("states/shard-00001.parquet")
+    finished = staged.stat()
+    job.run(log, TODAY)
+    taken = (job.states / job.state_version / "runs" / run_id(TODAY) / "states" / "shard-00001.parquet").stat()
+    assert (taken.st_ino, taken.st_mtime_ns) == (finished.st_ino, finished.st_mtime_ns)
+
+
+def test_a_torn_shard_in_staging_is_encoded_again(job: Job, tmp_path: Path) -> None:
+    log = write_rows(tmp_path / "a.parquet", [row(u, 10 + u % 7, T + u) for u in range(12)])
+    undisturbed = job.elsewhere("undisturbed")
+    undisturbed.run(log, TODAY)
+    child = multiprocessing.get_context("spawn").Process(
+        target=run_and_die, args=(job.arguments(log, TODAY), faults.BEFORE_MANIFEST)
+    )
+    child.start()
+    child.join(60)
+    (staged,) = (job.states / job.state_version / "staging").rglob("states/shard-00001.parquet")
+    staged.write_bytes(staged.read_bytes()[:-5])
+    job.run(log, TODAY)
+    assert job.hashes() == undisturbed.hashes()
+
+
+def test_a_killed_publish_carries_on_from_its_finished_shards(job: Job, tmp_path: Path, redis_url: str) -> None:
+    log = write_rows(tmp_path / "a.parquet", [row(u, 10 + u % 7, T + u) for u in range(12)])
+    child = multiprocessing.get_context("spawn").Process(
+        target=run_and_die, args=(job.arguments(log, TODAY, redis=redis_url), faults.MID_PUBLISH)
+    )
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    shards, counts = job.store.publish_progress(run_id(TODAY))
+    assert shards == 1
+    assert counts["written"] > 0
+    job.run(log, TODAY, redis=redis_url)
+    assert job.store.publish_counts(run_id(TODAY)) == {"written": 12, "stale": 0, "rejected": 0}
+    assert len(content(redis_url, job.state_version)) == 12
+    assert job.store.publish_progress(run_id(TODAY)) == (0, {})

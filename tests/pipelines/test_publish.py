@@ -12,7 +12,7 @@ import redis
 from deploy.redis_server import start_redis
 from feature_repo import layout
 from feature_repo.layout import StateRow
-from model.errors import DataError, StoreUnavailable
+from model.errors import ConfigError, DataError, StoreUnavailable
 from pipelines.transforms import publish
 from pipelines.transforms.publish import PublishCounts, connect, publish_table
 
@@ -289,3 +289,24 @@ def test_a_full_server_is_store_unavailable(tmp_path: Path, version: str) -> Non
         pytest.raises(StoreUnavailable, match="OOM"),
     ):
         publish_table(server.url, make_table(version), version, 1)
+
+
+def test_a_writer_whose_clock_is_ahead_changes_nothing(client: redis.Redis, version: str) -> None:
+    """Its own check passes, since it asks its own clock; Redis's clock refuses."""
+    publish_table(client, make_table(version), version, 1)
+    before = [hash_of(client, user, version) for user in (1, 2, 3)]
+    ahead_s = int(time.time()) + 3600
+    table = make_table(version, states=[[9, 9]] * 3, as_of_s=ahead_s)
+    with pytest.raises(ConfigError, match=r"3,(599|600) s in the future by Redis's clock"):
+        publish_table(client, table, version, 2, now_s=ahead_s)
+    assert [hash_of(client, user, version) for user in (1, 2, 3)] == before
+
+
+def test_a_pace_holds_rows_down() -> None:
+    pace = publish.Pace(1000)
+    started = time.monotonic()
+    for _ in range(3):
+        pace.wait_for(50)  # the first at once, the others each 50 ms after the one before
+    assert time.monotonic() - started >= 0.1
+    with pytest.raises(ConfigError, match="above 0 rows/s"):
+        publish.Pace(0)

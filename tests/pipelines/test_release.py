@@ -345,6 +345,34 @@ def test_list_and_status_show_what_there_is(towers: Towers, capsys: Errors, tmp_
     assert lines["3"][1] == "prepare"
 
 
+def test_gc_ends_the_window_and_collects_what_is_left(stored: Towers, capsys: Errors) -> None:
+    stored.serve(stored.old)
+    assert stored.prepare(stored.new) == 0
+    assert stored.move("commit", stored.new.release_id) == 0
+    assert stored.move("gc") == 0
+    out = capsys.readouterr().out
+    assert f"{stored.old.release_id} stays ready for a rollback for another 6 d 23 h" in out
+    assert stored.registry.pointer().previous == stored.old.release_id
+    assert stored.move("gc", "--window-days", "0", "--dry-run") == 0
+    assert stored.registry.pointer().previous == stored.old.release_id
+    stored.lease(leased(stored.old), server="slow")
+    assert stored.move("gc", "--window-days", "0") == 0
+    out = capsys.readouterr().out
+    assert stored.registry.pointer().previous is None
+    assert f"state version {stored.old.state_version} kept: leased by slow" in out
+    stored.registry.remove("leases/slow.json")
+    assert stored.move("gc") == 0
+    assert f"104 rows of state version {stored.old.state_version} removed" in capsys.readouterr().out  # 4 canaries
+    assert stored.redis_url is not None
+    with redis.Redis.from_url(stored.redis_url) as client:
+        for manifest, wanted in ((stored.old, False), (stored.new, True)):
+            fields = layout.row_fields(layout.view_name(manifest.state_version))
+            values = [client.hmget(layout.redis_key(user), fields) for user in range(100)]
+            assert {any(value is not None for value in row) for row in values} == {wanted}
+    assert not RunStore(stored.states, stored.old.state_version).run_ids()
+    assert stored.move("rollback") == 1
+
+
 def test_redis_must_be_named_or_declined(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(os.environ, "REDIS_URL", raising=False)
     with pytest.raises(SystemExit, match="2"):
