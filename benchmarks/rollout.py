@@ -17,7 +17,6 @@ Legend: E embedding width.
 import argparse
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -57,6 +56,7 @@ from model.release import Manifest, Pointer, Registry, Release
 from online.client import EmbedQuery, UserTowerClient, write_query
 from online.generated import tower_pb2 as pb
 from pipelines import encode_users, release
+from pipelines.faults import AFTER_STAGE_SHARD, CRASH_VARIABLE
 from pipelines.io import read_parquet
 from pipelines.runs import RunStore, file_name, iso
 
@@ -790,7 +790,7 @@ class Scenario:
         scale, notes = self.scale, self.notes
         b = self.world.b.manifest
         store = RunStore(str(self.world.states), b.state_version)
-        staging, publishing = (Path(store.folder.uri) / name for name in ("staging", "publishing"))
+        publishing = Path(store.folder.uri) / "publishing"
         prepare = ["prepare", b.release_id, *self._places, "--events", str(self.world.log), "--no-feast"]
         prepare += ["--redis-url", self.redis.url, "--redis-rows-per-s", str(scale.rows_per_s), "--shards", str(SHARDS)]
 
@@ -799,11 +799,14 @@ class Scenario:
         notes.phase(notes.before)
         time.sleep(scale.steady_s)
 
-        notes.phase("prepare B, killed while it encodes")
-        self._killed("pipelines.release", prepare, lambda: len(list(staging.glob("*/*/reports/*"))) >= 2)
+        notes.phase("backfill of B, killed while it encodes")
+        backfill = [*self._encode_flags(FIRST_DAYS), "--release", b.release_id, "--shards", str(SHARDS)]
+        halfway = AFTER_STAGE_SHARD.format(SHARDS // 2)
+        crashed = self._start("pipelines.encode_users", backfill, {CRASH_VARIABLE: halfway}).wait(300)
+        assert crashed == -signal.SIGKILL, f"the backfill ended with {crashed}; see {self._logs}"
         assert not store.run_ids(), "a run was committed before the writer was killed"
         notes.event("writer killed")
-        notes.phase("prepare B again, killed while it publishes")
+        notes.phase("prepare B, killed while it publishes")
         self._killed("pipelines.release", prepare, lambda: any(publishing.glob("*.json")))
         assert store.run_ids(), "nothing was committed before the writer was killed"
         assert not store.published(), "the writer was killed too late"
@@ -868,11 +871,14 @@ class Scenario:
 
     # Processes
 
-    def _start(self, module: str, flags: Sequence[str]) -> "subprocess.Popen[bytes]":
+    def _start(
+        self, module: str, flags: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> "subprocess.Popen[bytes]":
         self._runs += 1
         with (self._logs / f"{self._runs:02d}-{module}.log").open("wb") as output:
             command = ["nice", "-n", str(self.scale.nice), sys.executable, "-m", module, *flags]
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            known = os.environ | dict(environment or {})
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=known)
 
     def _command(self, module: str, flags: list[str]) -> None:
         """A command that must do its work."""
@@ -1222,12 +1228,9 @@ def main() -> None:
             outcome = Scenario(folder, scale).run()
         print(f"\nrun {repeat + 1}, load average {loads[-1]:.1f} before it\n{told(outcome)}\n", flush=True)
         outcomes.append(outcome)
-    if options.quick or options.no_record:
-        print(json.dumps(entries_of(outcomes, loads), indent=1))
-        return
-    middle = sorted(outcomes, key=lambda outcome: outcome.verdict.p99_ratio)[len(outcomes) // 2]
-    plot(middle, options.plot)
-    print(f"recorded in {record('versions', entries_of(outcomes, loads))}")
+        if not (options.quick or options.no_record):
+            plot(sorted(outcomes, key=lambda outcome: outcome.verdict.p99_ratio)[len(outcomes) // 2], options.plot)
+            print(f"recorded in {record('versions', entries_of(outcomes, loads))}", flush=True)
 
 
 if __name__ == "__main__":
