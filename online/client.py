@@ -23,7 +23,7 @@ class Embedding:
     vector: NDArray[np.float32]
     """f32 [E], L2-normalised."""
     answer: str
-    """EXACT, PREVIOUS_RELEASE or COLD_START."""
+    """EXACT, PREVIOUS_RELEASE, BRIDGED or COLD_START."""
     reason: str
     """Why the serving release's stored state was not used; "" for EXACT."""
     release_id: str
@@ -76,6 +76,7 @@ _ANSWERS = {
     pb.ANSWER_EXACT: "EXACT",
     pb.ANSWER_PREVIOUS_RELEASE: "PREVIOUS_RELEASE",
     pb.ANSWER_COLD_START: "COLD_START",
+    pb.ANSWER_BRIDGED: "BRIDGED",
 }
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 

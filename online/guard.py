@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import numpy as np
+
 from feature_repo import layout
 from model.errors import StateMismatch, StoreUnavailable
 from model.item_index import ItemIndex
 from model.records import UserState
-from online.residents import Resident, ResidentSet, Role, View
+from online.residents import Crossing, Resident, ResidentSet, Role, View
 
 MAX_CLOCK_SKEW_US = 300_000_000
 """How far the clock of the batch job may be ahead of ours."""
@@ -28,6 +30,7 @@ class Answer(Enum):
     EXACT = 1
     PREVIOUS_RELEASE = 2
     COLD_START = 3
+    BRIDGED = 4
 
 
 class Reason:
@@ -153,8 +156,9 @@ def decide(
 
     values: a user's values for `residents.fields`; None where the store did not answer.
     Asked in turn are the releases that the caller accepts: the serving one, then (accept_previous) the one before, or
-    only those of expected_embedding_version. The first that finds a usable state answers; else the first of them
-    answers from its cold-start state, unless the policy is strict.
+    only those of expected_embedding_version. The first that finds a usable state answers, the serving one also from
+    another release's state over a bridge; else the first of them answers from its cold-start state. Under the strict
+    policy neither bridge nor cold start will do.
     Raises StateMismatch (no release of the expected version; strict and no usable state) and StoreUnavailable (strict
     and no answer of the store).
     """
@@ -173,6 +177,9 @@ def decide(
             found = read_row(values[view.start : view.stop], view, limits)
             if isinstance(found, str):
                 why = why or found
+                bridged = None if strict else _over_a_bridge(values, resident, limits)
+                if bridged is not None:
+                    return Verdict(resident, Answer.BRIDGED, bridged, found)
             elif resident.role is Role.SERVING:
                 return Verdict(resident, Answer.EXACT, found, Reason.NONE)
             else:
@@ -182,6 +189,26 @@ def decide(
         message = f"{why}: no usable state for release {first.release_id} (state_version {first.state_version})"
         raise StoreUnavailable(message) if values is None else StateMismatch(message)
     return Verdict(first, Answer.COLD_START, None, why)
+
+
+def bridge_matches(crossing: Crossing, resident: Resident) -> bool:
+    """The bridge leads from the version of the view that is read to the states that this release's head reads."""
+    manifest = crossing.stored.manifest
+    ends = (manifest.from_state_version, manifest.to_state_version)
+    return ends == (crossing.view.state_version, resident.state_version)
+
+
+def _over_a_bridge(values: Values, resident: Resident, limits: Limits) -> UserState | None:
+    """A state of another release, checked as any row, as this release would about have made it; None without one."""
+    for crossing in resident.crossings:
+        view = crossing.view
+        found = read_row(values[view.start : view.stop], view, limits)
+        if isinstance(found, str) or not bridge_matches(crossing, resident):
+            continue
+        state_D = crossing.stored.bridge.apply(found.state_D[None])[0]
+        if np.isfinite(state_D).all():
+            return replace(found, state_D=state_D, state_version=resident.state_version)
+    return None
 
 
 def index_matches(resident: Resident, index: ItemIndex) -> bool:

@@ -98,7 +98,7 @@ class Metrics:
         self._store_errors.labels(kind).inc()
 
     def release_refused(self, kind: str) -> None:
-        """Count one refusal: golden, checkpoint, item_index, lower_epoch or registry."""
+        """Count one refusal: golden, checkpoint, item_index, bridge, lower_epoch or registry."""
         self._refusals.labels(kind).inc()
 
     def loaded(self, residents: ResidentSet) -> None:

@@ -3,17 +3,18 @@
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import monotonic
 
+from model.bridge import StoredBridge, load_bridge
 from model.canary import canaries
 from model.errors import CheckpointError, GoldenMismatch, TowerError
 from model.item_index import ItemIndex, check_golden, has_snapshot, read_snapshot
 from model.release import Pointer, Registry, Release
 from online.head import ServingHead
-from online.residents import Head, Loaded, ResidentSet, Role, resident_set
+from online.residents import Head, Loaded, Manifest, ResidentSet, Role, resident_set
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,24 @@ def load_release(registry: Registry, release_id: str, make_head: Callable[[Relea
 def _load_index(registry: Registry, embedding_version: str) -> ItemIndex | None:
     """The items of a version; None where there is no snapshot. Raises CheckpointError, OSError."""
     return read_snapshot(registry, embedding_version) if has_snapshot(registry, embedding_version) else None
+
+
+def _load_bridges(registry: Registry, serving: Manifest, others: Sequence[Manifest]) -> list[StoredBridge]:
+    """The enabled bridges from other releases' states to the serving one's, between the very heads that were studied.
+
+    Raises CheckpointError, GoldenMismatch, OSError.
+    """
+    found = []
+    for other in others:
+        if other.state_version == serving.state_version:
+            continue
+        stored = load_bridge(registry, other.state_version, serving.state_version)
+        if stored is None or not stored.manifest.is_enabled:
+            continue
+        ends = (stored.manifest.from_embedding_version, stored.manifest.to_embedding_version)
+        if ends == (other.embedding_version, serving.embedding_version):
+            found.append(stored)
+    return found
 
 
 class Follower:
@@ -56,8 +75,9 @@ class Follower:
     ) -> None:
         """before_change: told each new set before a request can see it; on_change: afterwards.
 
-        on_refusal: told (release id or "", kind) of what was not taken: golden, checkpoint, item_index, lower_epoch or
-        registry. load, load_index: a release by its id and items by their embedding version; the registry's by default.
+        on_refusal: told (release id or "", kind) of what was not taken: golden, checkpoint, item_index, bridge,
+        lower_epoch or registry. load, load_index: a release by its id and items by their embedding version; the
+        registry's by default.
         """
         self.current: ResidentSet | None = None
         """The set to pin; None until the first release is loaded. Replaced, never changed."""
@@ -138,9 +158,8 @@ class Follower:
                         self._incomplete, self._retry_at = True, monotonic() + _RETRY_AFTER_S
                     continue
                 loaded[role] = part
-            residents = resident_set(
-                pointer.epoch, {role: replace(part, index=self._index(part)) for role, part in loaded.items()}
-            )
+            complete = {role: replace(part, index=self._index(part)) for role, part in loaded.items()}
+            residents = resident_set(pointer.epoch, complete, self._bridges(complete))
         except (TowerError, OSError) as error:
             wait_s = math.inf if isinstance(error, GoldenMismatch) else _RETRY_AFTER_S  # golden outputs stay wrong
             self._refused, self._retry_at = pointer, monotonic() + wait_s
@@ -186,6 +205,16 @@ class Follower:
         self._incomplete, self._retry_at = True, monotonic() + _RETRY_AFTER_S
         return None
 
+    def _bridges(self, loaded: Mapping[Role, Loaded]) -> list[StoredBridge]:
+        """Bridges to the serving release; one that cannot be had costs only its answers."""
+        manifests = [part.manifest for part in loaded.values()]
+        try:
+            return _load_bridges(self._registry, manifests[0], manifests[1:])
+        except (TowerError, OSError) as error:
+            log.error("refused the bridges to release %s (it answers without): %s", manifests[0].release_id, error)
+            self._on_refusal(manifests[0].release_id, "bridge")
+            return []
+
     def _report(self, release_id: str, role: Role, error: Exception) -> None:
         kept = f"epoch {self.pointer.epoch} stays" if role is Role.SERVING else "the set goes without it"
         log.error("refused %s release %s (%s): %s", role.value, release_id, kept, error)
@@ -194,7 +223,6 @@ class Follower:
 
 
 def _is_same(one: ResidentSet, other: ResidentSet) -> bool:
-    """Whether two sets hold the same releases in the same roles, with the same items."""
-    return [(r.role, r.release_id, r.index) for r in one.residents] == [
-        (r.role, r.release_id, r.index) for r in other.residents
-    ]
+    """Whether two sets hold the same releases in the same roles, with the same items and as many bridges."""
+    parts = [[(r.role, r.release_id, r.index, len(r.crossings)) for r in each.residents] for each in (one, other)]
+    return parts[0] == parts[1]

@@ -6,8 +6,8 @@ one and swapped in by one assignment, so a request sees the old set or the new o
 Legend: B requests, D state width, E embedding width, V views.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feature_repo import layout
+from model.bridge import StoredBridge
 from model.canary import Canary
 from model.config import TowerConfig
 from model.dataset import DatasetDescription
@@ -102,6 +103,16 @@ class Resident:
     index: ItemIndex | None = field(compare=False, default=None)
     """The items of its embedding_version; None where they are not loaded: it embeds, but cannot retrieve."""
     canaries: tuple[Canary, ...] = field(compare=False, default=())
+    crossings: "tuple[Crossing, ...]" = field(compare=False, default=())
+    """Bridges from other loaded releases' states; only the serving release has any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """A bridge, and the view whose states it takes."""
+
+    view: View
+    stored: StoredBridge
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +146,11 @@ class ResidentSet:
         return self.residents[:1]
 
 
-def resident_set(epoch: int, loaded: Mapping[Role, Loaded]) -> ResidentSet:
+def resident_set(epoch: int, loaded: Mapping[Role, Loaded], bridges: Sequence[StoredBridge] = ()) -> ResidentSet:
     """The immutable set of what is loaded.
 
-    loaded: by role; the serving release must be among them.
+    loaded: by role; the serving release must be among them. bridges: that lead to the serving release's states; those
+    from a version that is not loaded, or of another width, are left out.
     Raises CheckpointError where two releases disagree on the kind of their ids or on the width of a shared state.
     """
     views: dict[str, View] = {}
@@ -173,6 +185,8 @@ def resident_set(epoch: int, loaded: Mapping[Role, Loaded]) -> ResidentSet:
                 part.canaries,
             )
         )
+    first = residents[0]
+    residents[0] = replace(first, crossings=tuple(_crossings(bridges, views, first)))
     fields = [name for version in views for name in layout.row_fields(layout.view_name(version))]
     manifests = [part.manifest for part in loaded.values()]
     return ResidentSet(
@@ -183,3 +197,10 @@ def resident_set(epoch: int, loaded: Mapping[Role, Loaded]) -> ResidentSet:
         context_columns=frozenset(name for m in manifests for name in m.description.head_columns),
         query_dims=frozenset(m.config.query_dim for m in manifests),
     )
+
+
+def _crossings(bridges: Sequence[StoredBridge], views: Mapping[str, View], serving: Resident) -> Iterator[Crossing]:
+    for stored in bridges:
+        view = views.get(stored.manifest.from_state_version)
+        if view is not None and stored.bridge.matrix_XY.shape == (view.d_model, serving.view.d_model):
+            yield Crossing(view, stored)

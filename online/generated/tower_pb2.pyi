@@ -19,6 +19,7 @@ class Answer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ANSWER_EXACT: _ClassVar[Answer]
     ANSWER_PREVIOUS_RELEASE: _ClassVar[Answer]
     ANSWER_COLD_START: _ClassVar[Answer]
+    ANSWER_BRIDGED: _ClassVar[Answer]
 POLICY_UNSPECIFIED: Policy
 POLICY_COLD_START: Policy
 POLICY_STRICT: Policy
@@ -26,6 +27,7 @@ ANSWER_UNSPECIFIED: Answer
 ANSWER_EXACT: Answer
 ANSWER_PREVIOUS_RELEASE: Answer
 ANSWER_COLD_START: Answer
+ANSWER_BRIDGED: Answer
 
 class Id(_message.Message):
     __slots__ = ("int_id", "string_id")
