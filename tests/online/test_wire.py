@@ -131,6 +131,7 @@ def test_the_answers_have_the_numbers_of_the_proto() -> None:
         "EXACT": pb.ANSWER_EXACT,
         "PREVIOUS_RELEASE": pb.ANSWER_PREVIOUS_RELEASE,
         "COLD_START": pb.ANSWER_COLD_START,
+        "BRIDGED": pb.ANSWER_BRIDGED,
     }
 
 
