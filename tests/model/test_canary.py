@@ -1,5 +1,6 @@
 """Canaries: moved by whole weeks they stay what they were."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from model.canary import canaries, canary_ids, encode_canaries, moved, weeks_back_us
 from model.records import Context, Event
 from model.release import Registry, Release
-from tests.releases import make_description, make_release
+from tests.releases import SMALL, make_description, make_release, make_tower
 
 WEEK_US = 604_800_000_000
 
@@ -87,3 +88,17 @@ def test_all_times_of_a_context_move() -> None:
     context = Context({"device": "tv"}, 20, (Event(1, "click", 5), Event(2, "click", 9)))
     assert moved(context, 100) == Context({"device": "tv"}, 120, (Event(1, "click", 105), Event(2, "click", 109)))
     assert moved(Context(), 100) == Context()
+
+
+def test_releases_of_one_state_version_share_their_canaries(tmp_path: Path) -> None:
+    """A head-only retrain whose head reads more keeps the rows: histories do not depend on what a head reads."""
+    registry = Registry(tmp_path)
+    base = make_release(tmp_path, seed=1)
+    tower, items = make_tower(seed=1, config=replace(SMALL, query_dim=3))
+    head = registry.write(tower, items, trained_until_us=1_600_000_000_000_000, base=base.release_id)
+    assert head.state_version == base.state_version
+    assert head.embedding_version != base.embedding_version
+    ours, theirs = (canaries(registry.load(m.release_id)) for m in (base, head))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.history_until_us == other.history_until_us
+        assert one.state_difference(other.state_D) == 0
