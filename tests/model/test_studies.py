@@ -109,7 +109,7 @@ def test_the_axes_are_encoder_head_and_index(trained, tmp_path):
     assert (recall_EHI[:, :, 0] != recall_EHI[:, :, 1]).any()
     same = skew_study([releases[0], releases[0]], *read(folder), resamples=10)
     assert (same["sensitivity"]["value"], same["sensitivity"]["low"], same["sensitivity"]["high"]) == (0, 0, 0)
-    arguments = ["bridge", *log[:-1], other.uri, "--from", base, "--to", other.releases()[-1]]
+    arguments = ["bridge", *log[:-1], other.uri, "--from", base, "--to", made]
     assert evaluate.main(arguments) == 1  # one state version: no bridge is needed
 
 
