@@ -3,7 +3,7 @@
     python -m benchmarks.rollout [--quick] [--repeats 3] [--no-record] [--plot docs/plots/rollout.svg]
 
 Real processes throughout: a Redis that keeps its data, two tower-serve (one looks at the pointer only every few seconds
-and is stopped for a moment right after the flip), tower-release and tower-encode under `nice -n 19`, and a load
+and is stopped for a moment right after the flip), tower-release and tower-encode under `chrt --idle`, and a load
 generator that asks at a fixed rate whether or not answers come. Meanwhile the batch writer is killed twice and run
 again, Redis is stopped and started, and the daily job runs for both releases before and after the flip.
 
@@ -16,6 +16,7 @@ Legend: E embedding width.
 
 import argparse
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -115,8 +116,8 @@ class Scale:
     outage_s: float = 2.0
     pause_s: float = 0.7
     lag_poll_ms: float = 5000.0
-    nice: int = 19
-    """Of the batch jobs."""
+    background: bool = True
+    """Batch jobs under `chrt --idle`: they get what the servers leave of the CPU."""
     in_process: bool = False
     """Run the commands that are not killed in this process, for tests: no new interpreter for each."""
 
@@ -406,6 +407,8 @@ def ask(plan: LoadPlan, server: int, kind: str, stop: threading.Event, found: li
 
 def _generate(plan: LoadPlan, orders: Any) -> None:
     """The load generator's process: asks until ordered to stop, then hands over what it found."""
+    gc.collect()
+    gc.disable()  # a full collection over all that was found stops every thread for a tenth of a second
     stop, found = threading.Event(), list[Reply]()
     threads = [
         threading.Thread(target=ask, args=(plan, server, kind, stop, found))
@@ -467,6 +470,8 @@ class Notes:
     pause: tuple[float, float] = (0.0, 0.0)
     """While the second server was stopped."""
     before: str = "A serves"
+    after: str = "A serves again"
+    """The rollout lies between these two phases."""
     restarts: int = 0
 
     def phase(self, name: str) -> None:
@@ -617,7 +622,8 @@ class Judge:
     def judge(self, replies: Sequence[Reply], notes: Notes, servers: int) -> Verdict:
         """Every answer."""
         verdict = Verdict([Tally() for _ in notes.phases], epochs=[set() for _ in range(servers)])
-        before = next(i for i, (_, name) in enumerate(notes.phases) if name == notes.before)
+        names = [name for _, name in notes.phases]
+        before, after = names.index(notes.before), names.index(notes.after)
         pinned: list[list[tuple[float, float, int]]] = [[] for _ in range(servers)]
         start_s = notes.phases[0][0]
         for reply in replies:
@@ -631,7 +637,7 @@ class Judge:
                     tally.wakes_s.append(reply.sent_s - reply.due_s)
                 if place == before:
                     verdict.before_s.append(reply.latency_s)
-                elif place > before and not inside:
+                elif before < place < after and not inside:
                     verdict.during_s.append(reply.latency_s)
                     if not notes.is_paused(reply):
                         verdict.unpaused_s.append(reply.latency_s)
@@ -849,7 +855,7 @@ class Scenario:
         self._command("pipelines.release", ["rollback", *where])
         notes.event("A serves again")
         self._wait_for_epoch()
-        notes.phase("A serves again")
+        notes.phase(notes.after)
         end_s = time.time() + scale.after_s
         while time.time() < end_s or load.rows() < scale.min_rows:
             time.sleep(0.5)
@@ -876,7 +882,8 @@ class Scenario:
     ) -> "subprocess.Popen[bytes]":
         self._runs += 1
         with (self._logs / f"{self._runs:02d}-{module}.log").open("wb") as output:
-            command = ["nice", "-n", str(self.scale.nice), sys.executable, "-m", module, *flags]
+            yielding = ["chrt", "--idle", "0"] if self.scale.background else []
+            command = [*yielding, sys.executable, "-m", module, *flags]
             known = os.environ | dict(environment or {})
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=known)
 
@@ -1204,7 +1211,7 @@ def entries_of(outcomes: Sequence[Outcome], loads: Sequence[float]) -> list[dict
             "target": 1.5,
             "note": f"each run: {ratios}; p99 in ms: {p99s}; load average at the start of each: "
             f"{', '.join(f'{load:.1f}' for load in loads)} on {os.cpu_count()} cores; 100 Embed/s, 24 batches/s "
-            f"of 25 rows and 10 Retrieve/s at a fixed rate, latency from when a request was due; jobs under nice 19",
+            f"of 25 rows and 10 Retrieve/s at a fixed rate, latency from when a request was due; jobs under chrt --idle",
             **about,
         },
     ]

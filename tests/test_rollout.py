@@ -37,7 +37,7 @@ TINY = Scale(
     pause_s=0.3,
     lag_poll_ms=1000.0,
     in_process=True,
-    nice=0,
+    background=False,
 )
 FAST = replace(TINY, singles_per_s=200.0, batches_per_s=50.0, retrieves_per_s=50.0)
 

@@ -308,5 +308,8 @@ def test_a_pace_holds_rows_down() -> None:
     for _ in range(3):
         pace.wait_for(50)  # the first at once, the others each 50 ms after the one before
     assert time.monotonic() - started >= 0.1
+    assert publish.Pace(1000).batch_rows(500) == 10  # a hundredth of a second's worth
+    assert publish.Pace(1e6).batch_rows(500) == 500
+    assert publish.Pace(3).batch_rows(500) == 1
     with pytest.raises(ConfigError, match="above 0 rows/s"):
         publish.Pace(0)
