@@ -623,7 +623,8 @@ class Judge:
         """Every answer."""
         verdict = Verdict([Tally() for _ in notes.phases], epochs=[set() for _ in range(servers)])
         names = [name for _, name in notes.phases]
-        before, after = names.index(notes.before), names.index(notes.after)
+        before = names.index(notes.before)
+        after = names.index(notes.after) if notes.after in names else len(names)
         pinned: list[list[tuple[float, float, int]]] = [[] for _ in range(servers)]
         start_s = notes.phases[0][0]
         for reply in replies:
@@ -1211,7 +1212,8 @@ def entries_of(outcomes: Sequence[Outcome], loads: Sequence[float]) -> list[dict
             "target": 1.5,
             "note": f"each run: {ratios}; p99 in ms: {p99s}; load average at the start of each: "
             f"{', '.join(f'{load:.1f}' for load in loads)} on {os.cpu_count()} cores; 100 Embed/s, 24 batches/s "
-            f"of 25 rows and 10 Retrieve/s at a fixed rate, latency from when a request was due; jobs under chrt --idle",
+            f"of 25 rows and 10 Retrieve/s at a fixed rate, latency from when a request was due; "
+            f"jobs under chrt --idle",
             **about,
         },
     ]
