@@ -16,7 +16,12 @@ class TowerConfig:
     num_layers: int = 2
     num_heads: int = 2
     ffn_factor: int = 4
-    """Width of the feed-forward block as a multiple of d_model."""
+    """Width of the feed-forward block as a multiple of d_model. Pointwise attention has none."""
+    attention: str = "softmax"
+    """softmax: a Transformer's. pointwise: HSTU's, which sums instead of averaging and gates the sum."""
+    relative_bias: bool = False
+    """Attention also sees how many events and how much time lie between two events. Padded, not packed: meant for
+    histories of a few hundred events."""
     history_limit: int = 200
     """Most events the encoder reads; the latest are kept."""
     embedding_dim: int = 64
@@ -65,6 +70,8 @@ class TowerConfig:
         for name in ("dropout", "context_dropout", "state_dropout", "item_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.attention not in ("softmax", "pointwise"):
+            raise ConfigError(f"attention must be softmax or pointwise, got {self.attention!r}")
         if self.temperature <= 0:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
         if self.compute_dtype not in ("float32", "bfloat16"):

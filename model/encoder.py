@@ -1,6 +1,6 @@
 """History to user state: a causal Transformer over packed histories. The user state is the last hidden state.
 
-Legend: U users, T packed events, D channels, h heads, d channels of a head, L longest history.
+Legend: U users, T packed events, D channels, h heads, d channels of a head, L longest history, P distances.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from model.features import GAP_BUCKETS, EventFeatures
 from model.item_tower import ItemEmbedder
 
 ROTARY_BASE = 10_000.0
+_FAR = -1e4  # in place of minus infinity where SiLU follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,12 @@ class Packing:
     longest: int
     cos_Td: torch.Tensor
     sin_Td: torch.Tensor
+    time_us_T: torch.Tensor
 
     @classmethod
-    def of(cls, offsets: torch.Tensor, head_dim: int, device: torch.device) -> "Packing":
-        """offsets: i64 [U + 1], on the CPU, so that nothing waits for the device."""
+    def of(cls, offsets: torch.Tensor, head_dim: int, time_us_T: torch.Tensor) -> "Packing":
+        """offsets: i64 [U + 1], on the CPU, so that nothing waits for the device. time_us_T: i64 [T], on the device."""
+        device = time_us_T.device
         length_U = offsets.diff()
         longest = int(length_U.max()) if len(length_U) else 0
         user_T = torch.repeat_interleave(torch.arange(len(length_U)), length_U)
@@ -46,6 +49,7 @@ class Packing:
             longest=longest,
             cos_Td=angle_Td.cos()[:, None, :],
             sin_Td=angle_Td.sin()[:, None, :],
+            time_us_T=time_us_T,
         )
 
 
@@ -82,6 +86,94 @@ def _pad(x_Thd: torch.Tensor, packing: Packing) -> torch.Tensor:
     return padded.transpose(1, 2)
 
 
+def padded_causal_attention(
+    query_Thd: torch.Tensor, key_Thd: torch.Tensor, value_Thd: torch.Tensor, packing: Packing, bias_UhLL: torch.Tensor
+) -> torch.Tensor:
+    """As packed_causal_attention, with a bias added to the scaled dot products. Returns [T, h, d].
+
+    bias_UhLL: of each query (third) to each key (fourth), minus infinity where the key comes later.
+    """
+    query, key, value = (_pad(x, packing) for x in (query_Thd, key_Thd, value_Thd))
+    out_UhLd = F.scaled_dot_product_attention(query, key, value, attn_mask=bias_UhLL.to(query.dtype))
+    return out_UhLd[packing.user_T, :, packing.position_T]
+
+
+def pointwise_causal_attention(
+    query_Thd: torch.Tensor,
+    key_Thd: torch.Tensor,
+    value_Thd: torch.Tensor,
+    packing: Packing,
+    bias_UhLL: torch.Tensor | None,
+) -> torch.Tensor:
+    """SiLU of the scaled dot products in place of their softmax, divided by the length of the whole history:
+    what attention sums up grows with how often something occurred, where a softmax keeps its share only. [T, h, d].
+
+    Source: HSTU (Zhai et al., Actions speak louder than words, ICML 2024, equation 2). We differ in dividing by the
+    events read so far, so that a history cut short means the same as one read to there.
+    """
+    query, key, value = (_pad(x, packing) for x in (query_Thd, key_Thd, value_Thd))
+    score_UhLL = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if bias_UhLL is not None:
+        score_UhLL = score_UhLL + bias_UhLL.to(score_UhLL.dtype).clamp_min(_FAR)
+    weight_UhLL = F.silu(score_UhLL).tril()
+    out_ThD = (weight_UhLL @ value)[packing.user_T, :, packing.position_T]
+    return out_ThD / (packing.position_T + 1)[:, None, None].to(out_ThD.dtype)
+
+
+class RelativeBias(nn.Module):
+    """Learned bias of each head for the number of events and the time between a query and a key.
+
+    Source: HSTU (Zhai et al. 2024, section 3.2), there with square roots of the time; ours are powers of two seconds.
+    The time is the one between the two events: the time of the request is the context's to tell.
+    """
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.limit = config.history_limit
+        self.distance_Ph = nn.Parameter(torch.zeros(self.limit, config.num_heads))
+        self.time_Gh = nn.Parameter(torch.zeros(GAP_BUCKETS, config.num_heads))
+
+    def forward(self, packing: Packing) -> torch.Tensor:
+        """f32 [U, h, L, L]; minus infinity where the key comes after the query."""
+        place_L = torch.arange(packing.longest, device=packing.time_us_T.device)
+        distance_LL = place_L[:, None] - place_L
+        bias_LLh = self.distance_Ph[distance_LL.clamp(0, self.limit - 1)]
+        bias_LLh = bias_LLh.masked_fill((distance_LL < 0)[..., None], float("-inf"))
+        time_us_UL = _pad(packing.time_us_T[:, None], packing)[:, 0]
+        seconds_ULL = (time_us_UL[:, :, None] - time_us_UL[:, None, :]).clamp_min(0) // 1_000_000
+        _, exponent_ULL = torch.frexp((seconds_ULL + 1).double())  # as features.gap_bucket
+        bucket_ULL = exponent_ULL.long().clamp_max(GAP_BUCKETS - 1)
+        return (F.embedding(bucket_ULL, self.time_Gh) + bias_LLh).permute(0, 3, 1, 2)
+
+
+class PointwiseBlock(nn.Module):
+    """HSTU's block (Zhai et al. 2024, equations 1 to 3): pointwise attention, normed and gated, no feed-forward."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        width = config.d_model
+        self.num_heads = config.num_heads
+        self.norm = nn.LayerNorm(width)
+        self.gate_qkv = nn.Linear(width, 4 * width)
+        self.bias = RelativeBias(config) if config.relative_bias else None
+        self.attended_norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, event_TD: torch.Tensor, packing: Packing
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Returns the events after the block and the layer's keys and values, each [T, h, d]."""
+        gate_TD, query_TD, key_TD, value_TD = F.silu(self.gate_qkv(self.norm(event_TD))).chunk(4, -1)
+        heads = (len(event_TD), self.num_heads, -1)
+        query, key, value = query_TD.reshape(heads), key_TD.reshape(heads), value_TD.reshape(heads)
+        query, key = rotate(query, packing), rotate(key, packing)
+        bias_UhLL = None if self.bias is None else self.bias(packing)
+        attended_TD = pointwise_causal_attention(query, key, value, packing, bias_UhLL).flatten(1)
+        event_TD = event_TD + self.out(self.dropout(self.attended_norm(attended_TD) * gate_TD))
+        return event_TD, (key, value)
+
+
 class Block(nn.Module):
     """Pre-norm Transformer block (Xiong et al. 2020)."""
 
@@ -91,6 +183,7 @@ class Block(nn.Module):
         self.num_heads = config.num_heads
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
+        self.bias = RelativeBias(config) if config.relative_bias else None
         self.out = nn.Linear(width, width)
         self.ffn_norm = nn.LayerNorm(width)
         self.ffn_in = nn.Linear(width, config.ffn_factor * width)
@@ -105,7 +198,11 @@ class Block(nn.Module):
             part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv(self.attention_norm(event_TD)).chunk(3, -1)
         )
         query, key = rotate(query, packing), rotate(key, packing)
-        attended_TD = packed_causal_attention(query, key, value, packing).flatten(1)
+        if self.bias is None:
+            attended_Thd = packed_causal_attention(query, key, value, packing)
+        else:
+            attended_Thd = padded_causal_attention(query, key, value, packing, self.bias(packing))
+        attended_TD = attended_Thd.flatten(1)
         event_TD = event_TD + self.dropout(self.out(attended_TD))
         event_TD = event_TD + self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(event_TD)))))
         return event_TD, (key, value)
@@ -130,7 +227,8 @@ class Encoder(nn.Module):
         for embedding in (self.type_embedding, self.gap_embedding, *self.column_embeddings):
             nn.init.normal_(embedding.weight, std=0.02)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        block = {"softmax": Block, "pointwise": PointwiseBlock}[config.attention]
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, events: EventFeatures) -> torch.Tensor:
@@ -141,7 +239,7 @@ class Encoder(nn.Module):
         self, events: EventFeatures
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Hidden states [T, D], and each layer's keys and values, [T, h, d]."""
-        packing = Packing.of(events.offsets, self.config.d_model // self.config.num_heads, events.item_T.device)
+        packing = Packing.of(events.offsets, self.config.d_model // self.config.num_heads, events.time_us_T)
         event_TD = self.embedder(events.item_T) + self.type_embedding(events.type_T) + self.gap_embedding(events.gap_T)
         for c, embedding in enumerate(self.column_embeddings):
             event_TD = event_TD + embedding(events.column_TC[:, c])

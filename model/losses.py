@@ -1,4 +1,4 @@
-"""Sampled softmax over items: the loss, its logQ correction and its masks.
+"""Sampled softmax over items, its logQ correction and its masks; gBCE beside it.
 
 Legend: B targets, S candidates (distinct items), E embedding width, N catalogue items.
 """
@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from model.errors import ShapeError
 
@@ -123,6 +124,36 @@ class _SampledSoftmax(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return *(saved * grad for saved in ctx.saved_tensors), None, None, None, None
+
+
+def gbce(
+    user_BE: torch.Tensor,
+    positive_BE: torch.Tensor,
+    candidate_SE: torch.Tensor,
+    mask_BS: torch.Tensor,
+    *,
+    temperature: float,
+    calibration: float,
+    num_items: int,
+    weight_B: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Generalised binary cross-entropy: mean over targets of -(beta log s(p) + sum_s log s(-c_s)) / (S + 1).
+
+    s is the logistic function, p and c_s the cosines over the temperature. beta = a (t (1 - 1/a) + 1/a) with a the
+    share of the num_items that serve as negatives and t the calibration: 0 is plain BCE, 1 undoes the overconfidence
+    that sampled negatives bring. user_BE, positive_BE, candidate_SE, mask_BS, weight_B: as in sampled_softmax.
+    Source: Petrov and Macdonald, gSASRec, RecSys 2023, equations 9 to 12. We differ in sharing the negatives among
+    all targets of a step.
+    """
+    share = min(1.0, candidate_SE.shape[0] / max(num_items - 1, 1))
+    beta = share * (calibration * (1 - 1 / share) + 1 / share)
+    positive_B = F.logsigmoid((user_BE * positive_BE).sum(1) / temperature)
+    negative_BS = F.logsigmoid(-(user_BE @ candidate_SE.T) / temperature).masked_fill(mask_BS, 0.0)
+    loss_B = -(beta * positive_B + negative_BS.sum(1)) / (candidate_SE.shape[0] + 1)
+    if weight_B is None:
+        return loss_B.mean()
+    weight_B = weight_B.to(loss_B.dtype)
+    return (loss_B * weight_B).sum() / weight_B.sum().clamp_min(torch.finfo(loss_B.dtype).tiny)
 
 
 def collision_mask(

@@ -274,7 +274,9 @@ class Negatives:
     """Time before which an item could not be shown; None where no such column is declared."""
 
     def draw(self, item_B: Ints, settings: TrainSettings, rng: np.random.Generator) -> tuple[Ints, Ints | None]:
-        """Candidates of a step, distinct: (rows [S], None) for the whole catalogue, else (rows, counts of draws)."""
+        """Candidates of a step, distinct: (rows [S], None) where nothing is corrected, else (rows, counts of draws)."""
+        if settings.loss == "gbce":
+            return rng.choice(self.trained, min(settings.uniform_negatives, len(self.trained)), replace=False), None
         if len(self.trained) <= settings.full_softmax_items:
             return self.trained, None
         size = min(settings.in_batch_negatives, len(item_B))

@@ -31,7 +31,7 @@ from model.dataset import DatasetDescription
 from model.errors import CheckpointError, ConfigError, DataError
 from model.features import build_vocabularies
 from model.hybrid_tower import HybridTower
-from model.losses import collision_mask, sampled_softmax
+from model.losses import collision_mask, gbce, sampled_softmax
 from model.metrics import event_metrics, rank_catalogue
 from model.release import Lineage, Manifest, Registry
 from model.training.data import (
@@ -249,10 +249,22 @@ class Trainer:
         if batch.born_us_S is not None:
             mask_BS |= batch.born_us_S > batch.time_us_B[:, None]
         user_BE, item_IE = user_BE.float(), item_IE.float()
+        positive_BE, candidate_SE = F.embedding(batch.item_B, item_IE), F.embedding(batch.candidate_S, item_IE)
+        if self.settings.loss == "gbce":
+            return gbce(
+                user_BE,
+                positive_BE,
+                candidate_SE,
+                mask_BS,
+                temperature=config.temperature,
+                calibration=self.settings.gbce_calibration,
+                num_items=len(self.data.negatives.trained),
+                weight_B=batch.weight_B,
+            )
         return sampled_softmax(
             user_BE,
-            F.embedding(batch.item_B, item_IE),
-            F.embedding(batch.candidate_S, item_IE),
+            positive_BE,
+            candidate_SE,
             mask_BS,
             temperature=config.temperature,
             log_q_S=batch.log_q_S,

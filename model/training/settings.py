@@ -29,6 +29,10 @@ class TrainSettings:
     """Most events the encoder reads in one step."""
     targets_per_history: int = 256
     """Most targets of one history in one step; further ones are left out at random."""
+    loss: str = "softmax"
+    """softmax: sampled, or full for small catalogues. gbce: gSASRec's, over uniform_negatives of each step."""
+    gbce_calibration: float = 0.75
+    """t of gBCE, 0 to 1."""
     full_softmax_items: int = 5_000
     """Catalogues up to this size use every trained item as a negative; larger ones are sampled."""
     in_batch_negatives: int = 1024
@@ -80,7 +84,12 @@ class TrainSettings:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.in_batch_negatives + self.uniform_negatives < 1:
             raise ConfigError("in_batch_negatives and uniform_negatives must not both be 0")
-        for name in ("stale_share", "lag_share", "subject_share", "final_rate", "validation_share"):
+        if self.loss not in ("softmax", "gbce"):
+            raise ConfigError(f"loss must be softmax or gbce, got {self.loss!r}")
+        if self.loss == "gbce" and not self.uniform_negatives:
+            raise ConfigError("gbce needs uniform_negatives above 0")
+        shares = ("stale_share", "lag_share", "subject_share", "final_rate", "validation_share", "gbce_calibration")
+        for name in shares:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm", "half_life_days", "max_minutes", "validation_hours"):

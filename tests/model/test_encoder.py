@@ -1,15 +1,42 @@
 """The packed encoder against one history at a time, its causality, and attention in float64."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from model.encoder import Packing, packed_causal_attention
+from model.encoder import (
+    Encoder,
+    Packing,
+    RelativeBias,
+    packed_causal_attention,
+    padded_causal_attention,
+    pointwise_causal_attention,
+)
 from model.errors import ShapeError
-from model.features import EventFeatures
-from tests.releases import make_tower
+from model.features import EventFeatures, gap_bucket
+from tests.releases import SMALL, make_tower
+
+KINDS = {
+    "softmax": SMALL,
+    "softmax, relative": replace(SMALL, relative_bias=True),
+    "pointwise": replace(SMALL, attention="pointwise"),
+    "pointwise, relative": replace(SMALL, attention="pointwise", relative_bias=True),
+}
+
+
+@pytest.fixture(params=KINDS)
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    """Each kind of attention, its biases not the zeros they begin with."""
+    encoder = make_tower(config=KINDS[request.param])[0].encoder
+    random = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if ".bias." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=random))
+    return encoder
 
 
 def make_features(lengths: list[int], seed: int = 0) -> EventFeatures:
@@ -41,13 +68,62 @@ def test_packed_attention_matches_float64(lengths: list[int]) -> None:
     total = sum(lengths)
     query, key, value = torch.randn(3, total, 2, 8, generator=torch.Generator().manual_seed(1)).unbind()
     offsets = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]))
-    found = packed_causal_attention(query, key, value, Packing.of(offsets, 8, torch.device("cpu")))
+    found = packed_causal_attention(query, key, value, Packing.of(offsets, 8, torch.arange(total)))
     exact = reference_attention(query.double(), key.double(), value.double(), lengths)
     assert (found - exact).abs().max() < 2e-6
 
 
-def test_a_history_has_one_state_whatever_its_company() -> None:
-    encoder = make_tower()[0].encoder
+def test_a_bias_is_added_to_the_scores() -> None:
+    lengths, total = [5, 2], 7
+    random = torch.Generator().manual_seed(3)
+    query, key, value = torch.randn(3, total, 2, 8, generator=random).unbind()
+    packing = Packing.of(torch.tensor([0, 5, 7]), 8, torch.arange(total))
+    bias = RelativeBias(SMALL)
+    with torch.no_grad():
+        bias.distance_Ph.normal_(generator=random)
+        bias.time_Gh.normal_(generator=random)
+    # all times lie within a microsecond or so: the bucket of 0 s is 1
+    found = padded_causal_attention(query, key, value, packing, bias(packing))
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        score_hqk = torch.einsum("qhd,khd->hqk", query[part], key[part]) / 8**0.5
+        for i in range(length):
+            for j in range(i + 1):
+                score_hqk[:, i, j] += bias.distance_Ph[i - j] + bias.time_Gh[1]
+        score_hqk = score_hqk.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
+        exact = torch.einsum("hqk,khd->qhd", score_hqk.softmax(-1), value[part])
+        assert (found[part] - exact).abs().max() < 1e-5
+        start += length
+
+
+def test_time_between_events_is_bucketed_as_gaps_are() -> None:
+    seconds = [0, 1, 3, 1000]
+    packing = Packing.of(torch.tensor([0, 4]), 8, torch.tensor(seconds) * 1_000_000)
+    bias = RelativeBias(SMALL)
+    with torch.no_grad():
+        bias.time_Gh[:, 0] = torch.arange(len(bias.time_Gh))
+    found_LL = bias(packing)[0, 0]
+    for i in range(4):
+        for j in range(4):
+            wanted = gap_bucket(np.array([(seconds[i] - seconds[j]) * 1_000_000]))[0] if j <= i else -np.inf
+            assert found_LL[i, j] == wanted
+
+
+def test_pointwise_attention_sums_what_silu_leaves() -> None:
+    query = torch.tensor([[[1.0]], [[2.0]]])
+    key, value = torch.tensor([[[3.0]], [[-1.0]]]), torch.tensor([[[10.0]], [[100.0]]])
+    packing = Packing.of(torch.tensor([0, 2]), 1, torch.zeros(2, dtype=torch.int64))
+    found = pointwise_causal_attention(query, key, value, packing, None).flatten()
+
+    def silu(x: float) -> float:
+        return float(x / (1 + np.exp(-x)))
+
+    assert found[0].item() == pytest.approx(10 * silu(3), rel=1e-6)  # one event: over 1
+    assert found[1].item() == pytest.approx((10 * silu(6) + 100 * silu(-2)) / 2, rel=1e-6)
+
+
+def test_a_history_has_one_state_whatever_its_company(encoder: Encoder) -> None:
     features = make_features([5, 1, 12, 7])
     together = encoder.states(features)
     bounds = features.offsets.tolist()
@@ -61,8 +137,7 @@ def test_a_history_has_one_state_whatever_its_company() -> None:
         assert (together[user] - alone[0]).abs().max() < 1e-5
 
 
-def test_the_encoder_is_causal() -> None:
-    encoder = make_tower()[0].encoder
+def test_the_encoder_is_causal(encoder: Encoder) -> None:
     features = make_features([10])
     before = encoder(features)
     features.item_T[6] = (features.item_T[6] + 1) % 50
@@ -87,8 +162,7 @@ def test_a_user_without_events_has_no_state() -> None:
             encoder.states(make_features(lengths))
 
 
-def test_keys_and_values_come_from_every_layer() -> None:
-    encoder = make_tower()[0].encoder
+def test_keys_and_values_come_from_every_layer(encoder: Encoder) -> None:
     hidden, layers = encoder.with_keys_and_values(make_features([4, 3]))
     assert hidden.shape == (7, 16)
     assert [(key.shape, value.shape) for key, value in layers] == [((7, 2, 8), (7, 2, 8))] * 2

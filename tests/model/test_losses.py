@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model.errors import ShapeError
-from model.losses import collision_mask, log_inclusion, sampled_softmax, sampled_softmax_reference
+from model.losses import collision_mask, gbce, log_inclusion, sampled_softmax, sampled_softmax_reference
 
 
 def unit(rows):
@@ -146,3 +146,29 @@ def test_loss_and_gradients_equal_plain_autograd(pool):
     (3 * plain).backward()
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-14)
+
+
+def test_gbce_by_hand():
+    user, positive = unit([[1.0, 0.0]]), unit([[1.0, 0.0]])
+    candidates = unit([[0.0, 1.0], [-1.0, 0.0]])
+    loss = gbce(user, positive, candidates, no_mask(1, 2), temperature=0.5, calibration=0.75, num_items=5)
+    # cosines 1, 0, -1 over 0.5: logits 2, 0, -2; a = 2 / 4, beta = .5 * (.75 * (1 - 2) + 2) = .625
+
+    def log_s(x):
+        return -math.log(1 + math.exp(-x))
+
+    assert loss.item() == pytest.approx(-(0.625 * log_s(2) + log_s(0) + log_s(2)) / 3, abs=1e-12)
+
+
+def test_gbce_of_the_whole_catalogue_is_plain_cross_entropy():
+    random = torch.Generator().manual_seed(0)
+    users, items = (F.normalize(torch.randn(n, 4, generator=random, dtype=torch.float64), dim=-1) for n in (3, 6))
+    mask = no_mask(3, 5)
+    mask[1, 2] = True
+    loss = gbce(users, items[:3], items[1:], mask, temperature=0.3, calibration=1.0, num_items=6)
+    logits = torch.cat([(users * items[:3]).sum(1, keepdim=True), users @ items[1:].T], 1) / 0.3
+    wanted = torch.zeros_like(logits)
+    wanted[:, 0] = 1
+    each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    each[1, 3] = 0
+    assert loss.item() == pytest.approx((each.sum(1) / 6).mean().item(), abs=1e-12)
