@@ -30,7 +30,7 @@ class Packing:
     sin_Td: torch.Tensor
 
     @classmethod
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads sizes on the host
     def of(cls, offsets: torch.Tensor, head_dim: int, device: torch.device) -> "Packing":
         """offsets: i64 [U + 1], on the CPU: sizes are read there, so that nothing waits for the device."""
         users, events = len(offsets) - 1, int(offsets[-1])

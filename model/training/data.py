@@ -365,7 +365,7 @@ class StepBatch:
         return _each_tensor(self, torch.Tensor.pin_memory)
 
 
-_Batch = TypeVar("_Batch", StepBatch, EventFeatures, ContextFeatures)
+_Batch = TypeVar("_Batch", bound=StepBatch | EventFeatures | ContextFeatures)
 
 
 def _each_tensor(batch: _Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> _Batch:

@@ -214,7 +214,6 @@ class Trainer:
                 yield self.data.step(steps[number], epoch, number)
             return
 
-
         def prepare(number: int) -> StepBatch | None:
             batch = self.data.step(steps[number], epoch, number)
             return None if batch is None else batch.pinned()
