@@ -104,29 +104,29 @@ def base(device: str) -> tuple[TowerConfig, TrainSettings]:
     return config, settings
 
 
+_WIDE: Final = {"d_model": 256, "embedding_dim": 256, "head_hidden": 512}
 CHOICES: Final[Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]] = {
     "base": ({}, {}),
     "dropout .2": ({"dropout": 0.2}, {}),
     "dropout .4": ({"dropout": 0.4}, {}),
     "2 layers": ({"num_layers": 2}, {}),
     "4 layers": ({"num_layers": 4}, {}),
-    "wide": ({"d_model": 256, "embedding_dim": 256, "head_hidden": 512, "dropout": 0.4}, {}),
-    "wide, dropout .5": ({"d_model": 256, "embedding_dim": 256, "head_hidden": 512, "dropout": 0.5}, {}),
-    "wide, 4 layers": (
-        {"d_model": 256, "embedding_dim": 256, "head_hidden": 512, "dropout": 0.5, "num_layers": 4}, {}
-    ),
+    "wide": (_WIDE, {}),
+    "wide, dropout .2": (_WIDE | {"dropout": 0.2}, {}),
+    "wide, dropout .4": (_WIDE | {"dropout": 0.4}, {}),
+    "wide, 4 layers, dropout .4": (_WIDE | {"dropout": 0.4, "num_layers": 4}, {}),
     "relative": ({"relative_bias": True}, {}),
-    "relative, wide": (
-        {"relative_bias": True, "d_model": 256, "embedding_dim": 256, "head_hidden": 512, "dropout": 0.4}, {}
-    ),
+    "relative, dropout .2": ({"relative_bias": True, "dropout": 0.2}, {}),
     "pointwise": ({"attention": "pointwise", "relative_bias": True, "num_layers": 4}, {}),
     "pointwise, 8 layers": ({"attention": "pointwise", "relative_bias": True, "num_layers": 8}, {}),
     "gbce": ({}, {"loss": "gbce", "uniform_negatives": 256}),
+    "gbce, temperature .2": ({"temperature": 0.2}, {"loss": "gbce", "uniform_negatives": 256}),
     "128 negatives": ({}, {"full_softmax_items": 0, "in_batch_negatives": 0, "uniform_negatives": 128}),
     "temperature .05": ({"temperature": 0.05}, {}),
     "temperature .08": ({"temperature": 0.08}, {}),
     "rate 8e-4": ({}, {"learning_rate": 8e-4}),
     "rate 3e-3": ({}, {"learning_rate": 3e-3}),
+    "rate 3e-3, dropout .2": ({"dropout": 0.2}, {"learning_rate": 3e-3}),
     "small steps": ({}, {"tokens_per_step": 8_192}),
     "no item dropout": ({"item_dropout": 0.0}, {}),
     "context dropout .2": ({"context_dropout": 0.2}, {}),

@@ -32,23 +32,28 @@ class Packing:
     time_us_T: torch.Tensor
 
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads sizes on the host
     def of(cls, offsets: torch.Tensor, head_dim: int, time_us_T: torch.Tensor) -> "Packing":
-        """offsets: i64 [U + 1], on the CPU, so that nothing waits for the device. time_us_T: i64 [T], on the device."""
+        """offsets: i64 [U + 1], on the CPU: sizes are read there, so that nothing waits for the device.
+
+        time_us_T: i64 [T], on the device.
+        """
         device = time_us_T.device
-        length_U = offsets.diff()
-        longest = int(length_U.max()) if len(length_U) else 0
-        user_T = torch.repeat_interleave(torch.arange(len(length_U)), length_U)
-        position_T = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], length_U)
+        users, events = len(offsets) - 1, int(offsets[-1])
+        longest = int(offsets.diff().max()) if users else 0
+        start_U1 = offsets.to(device, non_blocking=True)
+        user_T = torch.repeat_interleave(torch.arange(users, device=device), start_U1.diff(), output_size=events)
+        position_T = torch.arange(events, device=device) - start_U1[user_T]
         frequency = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angle_Ld = (torch.arange(longest, dtype=torch.float64)[:, None] * frequency).float()
-        angle_Td = angle_Ld[position_T].to(device)
+        angle_Ld = angle_Ld.to(device, non_blocking=True)
         return cls(
-            offsets=offsets.to(device, torch.int32),
-            user_T=user_T.to(device),
-            position_T=position_T.to(device),
+            offsets=start_U1.int(),
+            user_T=user_T,
+            position_T=position_T,
             longest=longest,
-            cos_Td=angle_Td.cos()[:, None, :],
-            sin_Td=angle_Td.sin()[:, None, :],
+            cos_Td=angle_Ld.cos()[position_T, None],
+            sin_Td=angle_Ld.sin()[position_T, None],
             time_us_T=time_us_T,
         )
 
@@ -56,7 +61,8 @@ class Packing:
 def rotate(vector_Thd: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021, equation 34): attention then sees relative positions only, so a
     history cut at its start keeps the meaning of what is left."""
-    first, second = vector_Thd.float().chunk(2, -1)
+    at_least_single = torch.promote_types(vector_Thd.dtype, torch.float32)
+    first, second = vector_Thd.to(at_least_single).chunk(2, -1)
     cos, sin = packing.cos_Td, packing.sin_Td
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(vector_Thd.dtype)
 

@@ -165,14 +165,14 @@ def collision_mask(
     item_B: i64 [B] in [0, num_items), the target's item. candidate_S: i64 [S] in [0, num_items), distinct.
     Returns bool [B, S], True = masked. Only positives that are in this batch are known.
     """
-    column_N = item_B.new_full((num_items,), -1)
-    column_N[candidate_S] = torch.arange(len(candidate_S), device=item_B.device)
-    column_B = column_N[item_B]
-    hit_B = column_B >= 0
-    row_B = user_B if same_user else torch.arange(len(item_B), device=item_B.device)
-    mask_BS = torch.zeros((len(item_B), len(candidate_S)), dtype=torch.bool, device=item_B.device)
-    mask_BS[row_B[hit_B], column_B[hit_B]] = True
-    return mask_BS[user_B] if same_user else mask_BS
+    size, width, device = len(item_B), len(candidate_S), item_B.device
+    # Items that are no candidate fall into a column of their own: choosing rows by a mask would wait for the device.
+    column_N = item_B.new_full((num_items,), width)
+    column_N[candidate_S] = torch.arange(width, device=device)
+    row_B = user_B if same_user else torch.arange(size, device=device)
+    mask_BS = torch.zeros((size, width + 1), dtype=torch.bool, device=device)
+    mask_BS.view(-1).index_fill_(0, row_B * (width + 1) + column_N[item_B], True)
+    return mask_BS[user_B, :width] if same_user else mask_BS[:, :width]
 
 
 def log_inclusion(probability_S: torch.Tensor, num_in_batch: int, num_uniform: int, num_items: int) -> torch.Tensor:

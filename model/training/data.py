@@ -8,9 +8,9 @@ as session, and the target row's own context. Cuts are made as serving makes the
 the request, or a few events before it. No event before the cut means the cold-start state.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -110,10 +110,14 @@ class EventArrays:
         first_B = np.maximum(np.where(cold_B, self.offsets[user_B], cut_B + 1), target_B - limit)
         length_B = target_B - first_B
         place_K = np.arange(limit)
-        used_BK = place_K < length_B[:, None]
-        event_BK = np.where(used_BK, first_B[:, None] + place_K, 0)
+        row_R = np.flatnonzero(length_B)  # most requests of a fresh state have no session
+        used_RK = place_K < length_B[row_R, None]
+        event_RK = np.where(used_RK, first_B[row_R, None] + place_K, 0)
+        gap_RK = gap_bucket(time_us_B[row_R, None] - self.time_us_T[event_RK])
+        session_3BK = np.zeros((3, size, limit), np.int64)
+        for place, value_RK in enumerate((self.item_T[event_RK], self.events.type_T.numpy()[event_RK], gap_RK)):
+            session_3BK[place, row_R] = value_RK * used_RK
         age_B = np.where(cold_B, 0, gap_bucket(time_us_B - self.time_us_T[np.maximum(cut_B, 0)]))
-        gap_BK = gap_bucket(time_us_B[:, None] - self.time_us_T[event_BK])
         if subjects is None:
             empty = (size, config.subject_limit)
             subjects = torch.zeros(empty, dtype=torch.int64), torch.zeros(empty)
@@ -123,9 +127,9 @@ class EventArrays:
             hour_B=torch.from_numpy(hour_of(time_us_B)),
             weekday_B=torch.from_numpy(weekday_of(time_us_B)),
             age_B=torch.from_numpy(age_B),
-            session_item_BK=torch.from_numpy(np.where(used_BK, self.item_T[event_BK], 0)),
-            session_type_BK=torch.from_numpy(np.where(used_BK, self.events.type_T.numpy()[event_BK], 0)),
-            session_gap_BK=torch.from_numpy(np.where(used_BK, gap_BK, 0)),
+            session_item_BK=torch.from_numpy(session_3BK[0]),
+            session_type_BK=torch.from_numpy(session_3BK[1]),
+            session_gap_BK=torch.from_numpy(session_3BK[2]),
             session_length_B=torch.from_numpy(length_B),
             subject_item_BM=subjects[0],
             subject_weight_BM=subjects[1],
@@ -316,20 +320,22 @@ class SubjectSampler:
         self, item_B: Ints, share: float, limit: int, rng: np.random.Generator
     ) -> tuple[Ints, NDArray[np.float32]]:
         """Rows and confidences, each [B, M]; a share of the targets gets 1 to M subjects, the others none."""
-        size = len(item_B)
-        shape = (size, limit)
-        wanted_BM = (rng.random(size) < share)[:, None] & (np.arange(limit) < rng.integers(1, limit + 1, size)[:, None])
-        known_B = item_B < len(self._value_NL)
-        row_B1 = np.where(known_B, item_B, 0)[:, None]
-        value_BM = self._value_NL[row_B1, (rng.random(shape) * self._count_N[row_B1]).astype(np.int64)]
-        wanted_BM &= (value_BM >= 0) & known_B[:, None]
-        value_BM = np.maximum(value_BM, 0)
-        count_BM = self._offsets[value_BM + 1] - self._offsets[value_BM]
-        pick_BM = self._offsets[value_BM] + (rng.random(shape) * count_BM).astype(np.int64)
-        subject_BM = self._members[np.minimum(pick_BM, len(self._members) - 1)]
-        wanted_BM &= subject_BM != item_B[:, None]
-        weight_BM = np.where(wanted_BM, 1.0 - 0.8 * rng.random(shape), 0.0).astype(np.float32)
-        return np.where(wanted_BM, subject_BM, 0), weight_BM
+        row_R = np.flatnonzero((rng.random(len(item_B)) < share) & (item_B < len(self._value_NL)))
+        item_R1 = item_B[row_R, None]
+        shape = (len(row_R), limit)
+        wanted_RM = np.arange(limit) < rng.integers(1, limit + 1, len(row_R))[:, None]
+        value_RM = self._value_NL[item_R1, (rng.random(shape) * self._count_N[item_R1]).astype(np.int64)]
+        wanted_RM &= value_RM >= 0
+        value_RM = np.maximum(value_RM, 0)
+        count_RM = self._offsets[value_RM + 1] - self._offsets[value_RM]
+        pick_RM = self._offsets[value_RM] + (rng.random(shape) * count_RM).astype(np.int64)
+        subject_RM = self._members[np.minimum(pick_RM, len(self._members) - 1)]
+        wanted_RM &= subject_RM != item_R1
+        subject_BM = np.zeros((len(item_B), limit), np.int64)
+        subject_BM[row_R] = subject_RM * wanted_RM
+        weight_BM = np.zeros((len(item_B), limit), np.float32)
+        weight_BM[row_R] = (1.0 - 0.8 * rng.random(shape)) * wanted_RM
+        return subject_BM, weight_BM
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,15 +357,29 @@ class StepBatch:
     """i64 [S], time before which a candidate could not be shown; None where no such column is declared."""
 
     def to(self, device: torch.device) -> "StepBatch":
-        """The same step on a device."""
+        """The same step on a device; the copies are queued and waited for by what reads them."""
         if device.type == "cpu":
             return self
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name in ("hidden_B", "item_B", "user_B", "weight_B", "candidate_S", "log_q_S", "time_us_B", "born_us_S")
-            if (value := getattr(self, name)) is not None
-        }
-        return replace(self, events=self.events.to(device), context=self.context.to(device), **moved)
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "StepBatch":
+        """The same step in page-locked memory, from which a copy to the device does not hold up the host."""
+        return _each_tensor(self, torch.Tensor.pin_memory)
+
+
+_Batch = TypeVar("_Batch", bound=StepBatch | EventFeatures | ContextFeatures)
+
+
+def _each_tensor(batch: _Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> _Batch:
+    """The batch with all its tensors changed but the offsets, which the encoder reads on the CPU."""
+    changed: dict[str, Any] = {}
+    for name in (field.name for field in fields(batch)):
+        value = getattr(batch, name)
+        if isinstance(value, torch.Tensor) and name != "offsets":
+            changed[name] = change(value)
+        elif isinstance(value, EventFeatures | ContextFeatures):
+            changed[name] = _each_tensor(value, change)
+    return replace(batch, **changed)
 
 
 class TrainingData:

@@ -109,6 +109,12 @@ class Trainer:
         self._on_step, self._on_epoch = on_step, on_epoch
         self._best: dict[str, torch.Tensor] | None = None
         self._optimiser = _optimiser(tower, settings, head_only=head_only, fused=self.device.type == "cuda")
+        self._trained = [p for group in self._optimiser.param_groups for p in group["params"]]
+        # Views of the same modules: what validates and what is released stays uncompiled.
+        self._encode: Callable[..., torch.Tensor] = tower.encoder
+        self._head: Callable[..., torch.Tensor] = tower.head
+        if settings.compile:
+            self._encode, self._head = (torch.compile(part, dynamic=True) for part in (tower.encoder, tower.head))
         self._identity = json.dumps(
             {
                 "config": tower.featuriser.config.to_dict(),
@@ -200,16 +206,22 @@ class Trainer:
         return settings.learning_rate * warm * (settings.final_rate + (1 - settings.final_rate) * cosine)
 
     def _batches(self, steps: list[tuple[Ints, Ints]]) -> Iterator[StepBatch | None]:
-        """What is left of the epoch. On CUDA, threads prepare the next steps while the device works on this one."""
+        """What is left of the epoch. On CUDA, threads prepare the next steps while the device works on this one, in
+        page-locked memory: from there a copy waits for nothing, and the host runs ahead of the device."""
         epoch, first = self.progress.epoch, self.progress.step
         if self.device.type != "cuda":
             for number in range(first, len(steps)):
                 yield self.data.step(steps[number], epoch, number)
             return
+
+        def prepare(number: int) -> StepBatch | None:
+            batch = self.data.step(steps[number], epoch, number)
+            return None if batch is None else batch.pinned()
+
         with ThreadPoolExecutor(_PREPARING) as pool:
             ahead: deque[Future[StepBatch | None]] = deque()
             for number in range(first, len(steps)):
-                ahead.append(pool.submit(self.data.step, steps[number], epoch, number))
+                ahead.append(pool.submit(prepare, number))
                 if len(ahead) > 2 * _PREPARING:
                     yield ahead.popleft().result()
             while ahead:
@@ -221,13 +233,13 @@ class Trainer:
         self.tower.train()
         if self.head_only:
             self.tower.encoder.eval()
+        rate = self._rate(steps_per_epoch)
         for group in self._optimiser.param_groups:
-            group["lr"] = self._rate(steps_per_epoch)
+            group["lr"] = rate
         self._optimiser.zero_grad(set_to_none=True)
         loss = self.loss(batch.to(self.device))
         loss.backward()  # type: ignore[no-untyped-call]
-        parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
+        nn.utils.clip_grad_norm_(self._trained, self.settings.clip_norm)
         self._optimiser.step()
         return loss.detach()
 
@@ -236,19 +248,20 @@ class Trainer:
         tower, config = self.tower, self.tower.featuriser.config
         with _autocast(self.device):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.head_only):
-                hidden_TD = tower.encoder(batch.events)
+                hidden_TD = self._encode(batch.events)
             cold_D = tower.head.cold_state_D
             known_B1 = (batch.hidden_B >= 0)[:, None]
-            state_BD = torch.where(known_B1, F.embedding(batch.hidden_B.clamp_min(0), hidden_TD).float(), cold_D)
+            state_BD = F.embedding(batch.hidden_B.clamp_min(0), hidden_TD).to(cold_D.dtype)
+            state_BD = torch.where(known_B1, state_BD, cold_D)
             item_IE = tower.items.table()
-            user_BE = tower.head(state_BD, batch.context, item_IE)
+            user_BE = self._head(state_BD, batch.context, item_IE)
         same_user = self.settings.mask_same_user
         mask_BS = collision_mask(
             batch.user_B, batch.item_B, batch.candidate_S, self.data.log.num_items, same_user=same_user
         )
         if batch.born_us_S is not None:
             mask_BS |= batch.born_us_S > batch.time_us_B[:, None]
-        user_BE, item_IE = user_BE.float(), item_IE.float()
+        user_BE, item_IE = user_BE.to(cold_D.dtype), item_IE.to(cold_D.dtype)
         positive_BE, candidate_SE = F.embedding(batch.item_B, item_IE), F.embedding(batch.candidate_S, item_IE)
         if self.settings.loss == "gbce":
             return gbce(

@@ -66,6 +66,8 @@ class TrainSettings:
     """Epochs without a better validation NDCG@20 after which training stops."""
     checkpoint_steps: int = 200
     """Steps between checkpoints; each epoch ends with one as well."""
+    compile: bool = False
+    """Compile the encoder and the head (torch.compile): some minutes at the start, then fewer, larger kernels."""
     max_minutes: float | None = None
     """Wall-clock limit; the learning rate is brought down in time for it."""
     max_users: int | None = None

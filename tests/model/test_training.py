@@ -1,6 +1,7 @@
 """Data preparation against values worked out by hand and against the featuriser; the loop on tiny towers."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -417,3 +418,24 @@ def test_defaults_fit_the_size():
 def test_settings_are_checked(wrong, said):
     with pytest.raises(ConfigError, match=said):
         TrainSettings(**wrong)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own use
+def test_a_compiled_step_is_the_same_step(dataset):
+    """Loss and gradients without dropout; what is released stays uncompiled."""
+    data, held_out = training_data(dataset, QUICK)
+    events, items, users, description = read(dataset)
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        _, tower = arrays_of(events, items, users, description)
+        trainer = Trainer(tower, data, held_out, replace(QUICK, compile=compiled))
+        tower.eval()
+        losses = [trainer.loss(data.step(windows, 0, n)) for n, windows in enumerate(data.plan(0)[:3])]
+        sum(losses).backward()
+        found.append((torch.stack(losses).detach(), {n: p.grad for n, p in tower.named_parameters()}))
+        assert all("_orig_mod" not in name for name in tower.state_dict())
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(gradient, found[1][1][name], rtol=1e-3, atol=1e-6), name
