@@ -19,6 +19,7 @@ packed attention and lays histories out padded there, which the rival, with its 
 
 import argparse
 import json
+import os
 import statistics
 import time
 import warnings
@@ -462,6 +463,7 @@ def profile(case: Case, tokens: int) -> None:
             trainer._optimiser.step()
     for name, seconds in stages.items():
         print(f"{name}: {1e3 * statistics.median(seconds):.2f} ms, waited for")
+    print(f"CUDA_LAUNCH_BLOCKING={os.environ.get('CUDA_LAUNCH_BLOCKING', '')!r}")
     wait(device)
     started = time.perf_counter()
     for number, batch in enumerate(batches):
