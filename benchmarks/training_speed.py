@@ -19,6 +19,7 @@ packed attention and lays histories out padded there, which the rival, with its 
 
 import argparse
 import json
+import os
 import statistics
 import time
 import warnings
@@ -357,6 +358,13 @@ def measure(arms: Sequence[Arm], repeats: int) -> list[Timing]:
     return timings
 
 
+@torch.no_grad()
+def loss_of(case: Case, arm: Arm) -> float:
+    """Loss of an arm's tower as it stands on its first batch, uncompiled and without dropout."""
+    trainer = Trainer(arm.trainer.tower.eval(), arm.trainer.data, NO_EVENTS, case.settings, device=str(case.device))
+    return float(trainer.loss(arm.batches[0].to(case.device)))
+
+
 def best(timings: Sequence[Timing], name: str) -> Timing:
     """The fastest of the arms whose name starts so."""
     return max((t for t in timings if t.arm.name.startswith(name)), key=lambda t: t.histories_per_s)
@@ -455,6 +463,7 @@ def profile(case: Case, tokens: int) -> None:
             trainer._optimiser.step()
     for name, seconds in stages.items():
         print(f"{name}: {1e3 * statistics.median(seconds):.2f} ms, waited for")
+    print(f"CUDA_LAUNCH_BLOCKING={os.environ.get('CUDA_LAUNCH_BLOCKING', '')!r}")
     wait(device)
     started = time.perf_counter()
     for number, batch in enumerate(batches):
@@ -526,6 +535,9 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     compile_s = time.perf_counter() - started
     eager, compiled = measure(pair, args.repeats)
     over_eager = compiled.histories_per_s / eager.histories_per_s
+    reached, eager_reached = (loss_of(case, arm) for arm in reversed(pair))
+    print(f"loss after the same steps: {eager_reached:.4f}, compiled {reached:.4f}", flush=True)
+    assert abs(reached - eager_reached) <= 0.02 * eager_reached, (reached, eager_reached)
     print(f"compilation: {over_eager:.2f} x, {compile_s:.0f} s for the first pass", flush=True)
     pipeline = pipeline_rate(case)
     print(f"the product's loop, preparation included: {pipeline:,.0f} sequences/s", flush=True)

@@ -6,6 +6,9 @@ N catalogue items, I = N + H item rows, W windows of a step.
 A target is a positive event j. It is asked from the state after event s < j (the cut), with the events s+1 ... j-1
 as session, and the target row's own context. Cuts are made as serving makes them: at the last daily refresh before
 the request, or a few events before it. No event before the cut means the cold-start state.
+
+A step is ordered by history: each window is encoded once and all its targets read it. What that brings with it
+(negatives of the same user, duplicate candidates, windows that start late) is in docs/architecture.md.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -364,7 +367,7 @@ class StepBatch:
 
     def pinned(self) -> "StepBatch":
         """The same step in page-locked memory, from which a copy to the device does not hold up the host."""
-        return _each_tensor(self, torch.Tensor.pin_memory)
+        return _each_tensor(self, lambda tensor: tensor.pin_memory() if tensor.numel() else tensor)
 
 
 _Batch = TypeVar("_Batch", bound=StepBatch | EventFeatures | ContextFeatures)
