@@ -15,7 +15,7 @@ def write_release(registry: Path, release_id: str, state_version: str = "a" * 16
     manifest = {
         "release_id": release_id,
         "state_version": state_version,
-        "config": {"d_model": 4},
+        "config": {"d_model": 4, "storage_codec": "float32"},
         "description": {"user_id_type": "int64"},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
@@ -31,8 +31,8 @@ def test_releases_are_read_oldest_first(tmp_path: Path) -> None:
     write_release(tmp_path, "r1")
     (tmp_path / "releases" / ".staging-r3").mkdir()
     assert read_releases(str(tmp_path)) == [
-        StoredRelease("r1", "a" * 16, "int64", 4),
-        StoredRelease("r2", "b" * 16, "int64", 4),
+        StoredRelease("r1", "a" * 16, "int64", 4, "float32"),
+        StoredRelease("r2", "b" * 16, "int64", 4, "float32"),
     ]
     assert read_releases(f"file://{tmp_path}/") == read_releases(str(tmp_path))
 

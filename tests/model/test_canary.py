@@ -36,9 +36,9 @@ def test_states_and_embeddings_stay_golden(release: Release, as_of: tuple[int, i
     for canary, state_D, until in zip(known, state_UD, until_us, strict=True):
         assert 0 <= as_of_us - until < WEEK_US
         assert (until - canary.history_until_us) % WEEK_US == 0
-        assert canary.state_difference(state_D) <= canary.tolerance
+        assert canary.state_difference(state_D) <= canary.state_tolerance
         embedding_E = release.embed(state_D[None], [canary.context_at(until)], [until])[0]
-        assert canary.embedding_difference(embedding_E) <= canary.tolerance
+        assert canary.embedding_difference(embedding_E) <= canary.embedding_tolerance
 
 
 def test_a_move_by_anything_but_weeks_shows(release: Release) -> None:
@@ -47,7 +47,7 @@ def test_a_move_by_anything_but_weeks_shows(release: Release) -> None:
     for canary in canaries(release):
         until = canary.history_until_us + 5 * 3_600_000_000
         embedding_E = release.embed(canary.state_D[None], [canary.context_at(until)], [until])[0]
-        differences.append(canary.embedding_difference(embedding_E) / canary.tolerance)
+        differences.append(canary.embedding_difference(embedding_E) / canary.embedding_tolerance)
     assert min(differences) > 10
 
 
@@ -55,7 +55,7 @@ def test_canaries_differ_from_each_other(release: Release) -> None:
     known = canaries(release)
     for one in range(4):
         for other in range(one):
-            assert known[one].state_difference(known[other].state_D) > 100 * known[one].tolerance
+            assert known[one].state_difference(known[other].state_D) > 100 * known[one].state_tolerance
 
 
 def test_a_state_that_cannot_be_compared_is_infinitely_far(release: Release) -> None:
