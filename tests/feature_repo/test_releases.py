@@ -37,6 +37,11 @@ def test_releases_are_read_oldest_first(tmp_path: Path) -> None:
     assert read_releases(f"file://{tmp_path}/") == read_releases(str(tmp_path))
 
 
+def test_how_states_are_stored(tmp_path: Path) -> None:
+    write_release(tmp_path, "r1", config={"d_model": 4, "state_tokens": 3, "storage_codec": "int8"})
+    assert read_releases(str(tmp_path)) == [StoredRelease("r1", "a" * 16, "int64", 12, "int8")]
+
+
 def test_the_serving_release_else_the_latest(tmp_path: Path) -> None:
     write_release(tmp_path, "r1")
     write_release(tmp_path, "r2")
@@ -79,5 +84,5 @@ def test_the_registry_that_the_models_write_is_readable(tmp_path: Path) -> None:
     from model.dataset import DatasetDescription
 
     # The entries this package reads by name exist in the records that the registry writes.
-    assert "d_model" in TowerConfig().to_dict()
+    assert {"d_model", "state_tokens", "storage_codec"} <= set(TowerConfig().to_dict())
     assert "user_id_type" in DatasetDescription.__annotations__

@@ -1,15 +1,16 @@
 """The packed encoder against one history at a time, its causality, and attention in float64."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from model.encoder import Packing, packed_causal_attention
+from model.encoder import Encoder, LatentTokens, Packing, packed_causal_attention
 from model.errors import ShapeError
 from model.features import EventFeatures
-from tests.releases import make_tower
+from tests.releases import SMALL, make_tower
 
 
 def make_features(lengths: list[int], seed: int = 0) -> EventFeatures:
@@ -46,8 +47,16 @@ def test_packed_attention_matches_float64(lengths: list[int]) -> None:
     assert (found - exact).abs().max() < 2e-6
 
 
-def test_a_history_has_one_state_whatever_its_company() -> None:
-    encoder = make_tower()[0].encoder
+TOKENS = pytest.mark.parametrize("tokens", [1, 3])
+
+
+def make_encoder(tokens: int) -> Encoder:
+    return make_tower(config=replace(SMALL, state_tokens=tokens))[0].encoder
+
+
+@TOKENS
+def test_a_history_has_one_state_whatever_its_company(tokens: int) -> None:
+    encoder = make_encoder(tokens)
     features = make_features([5, 1, 12, 7])
     together = encoder.states(features)
     bounds = features.offsets.tolist()
@@ -61,14 +70,55 @@ def test_a_history_has_one_state_whatever_its_company() -> None:
         assert (together[user] - alone[0]).abs().max() < 1e-5
 
 
-def test_the_encoder_is_causal() -> None:
-    encoder = make_tower()[0].encoder
+@TOKENS
+def test_the_encoder_is_causal(tokens: int) -> None:
+    encoder = make_encoder(tokens)
     features = make_features([10])
-    before = encoder(features)
+    before = encoder(features).unflatten(-1, (tokens, -1))
     features.item_T[6] = (features.item_T[6] + 1) % 50
-    after = encoder(features)
+    after = encoder(features).unflatten(-1, (tokens, -1))
     assert torch.equal(before[:6], after[:6])
     assert ((before[6:] - after[6:]).abs().amax(-1) > 1e-4).all()
+
+
+@TOKENS
+def test_the_state_at_a_cut_is_that_of_the_history_up_to_it(tokens: int) -> None:
+    """Training reads states of many cuts from one pass; serving encodes the history up to the cut alone."""
+    encoder = make_encoder(tokens)
+    whole = make_features([9, 4])
+    whole.gap_T[0] = 0  # no event before the first
+    at_every_event = encoder(whole)
+    assert at_every_event.shape == (13, tokens * 16)
+    for end in (1, 5, 9):
+        cut = encoder.states(whole.window(torch.tensor([0]), torch.tensor([end])))
+        assert (at_every_event[end - 1] - cut[0]).abs().max() < 1e-5
+
+
+def test_the_first_token_is_the_hidden_state_and_the_others_differ() -> None:
+    encoder = make_encoder(3)
+    features = make_features([9])
+    token_TmD = encoder(features).unflatten(-1, (3, -1))
+    assert torch.equal(token_TmD[:, 0], encoder.with_keys_and_values(features)[0])
+    for one, other in itertools.combinations(range(3), 2):
+        assert (token_TmD[-1, one] - token_TmD[-1, other]).abs().max() > 0.1
+
+
+def test_a_latent_token_reads_what_its_query_asks_for() -> None:
+    """By hand: one token, one head, no rotation by distance (positions taken away), values the hidden states."""
+    config = replace(SMALL, d_model=4, num_heads=1, state_tokens=2)
+    latents = LatentTokens(config)
+    packing = Packing.of(torch.tensor([0, 2]), 4, torch.device("cpu"))
+    packing = replace(packing, cos_Td=torch.ones(2, 1, 2), sin_Td=torch.zeros(2, 1, 2))
+    hidden_TD = torch.tensor([[2.0, 0, 0, -2], [0, 4.0, -4, 0]])
+    with torch.no_grad():
+        latents.key_value.weight.copy_(torch.cat([torch.eye(4), torch.eye(4)]))
+        latents.key_value.bias.zero_()
+        latents.query.copy_(torch.tensor([[[np.log(3.0), 0, 0, 0]]]))
+    token_TD = latents(hidden_TD, packing)
+    # scores log 3 x 2 / sqrt(4) = log 3 and 0, so weights 3/4 and 1/4: [1.5, 1, -1, -1.5], mean 0, over its deviation
+    deviation = ((1.5**2 + 1 + 1 + 1.5**2) / 4) ** 0.5
+    assert token_TD[1].tolist() == pytest.approx([x / deviation for x in (1.5, 1, -1, -1.5)], abs=1e-4)
+    assert token_TD[0].tolist() == pytest.approx([2**0.5, 0, 0, -(2**0.5)], abs=1e-4)  # only the first event yet
 
 
 @pytest.mark.parametrize("field", ["item_T", "type_T", "gap_T", "column_TC"])
