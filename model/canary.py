@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from model.records import Context, Id
 from model.release import GOLDEN_TOLERANCE, Release
 
-CODEC_TOLERANCE: Final = {"float32": 0.0, "float16": 2e-3, "int8": 5e-2}
+CODEC_TOLERANCE: Final = {"float32": 0.0, "float16": 2e-3, "int8": 2e-2}
 """How much more an embedding may differ where a codec rounds the state: a number that another processor moves by 1e-6
-over the middle between two steps is stored a whole step away."""
+over the middle between two steps is stored a whole step away. One such step moved embeddings of random towers by up to
+5e-4 and 4e-3."""
 
 _GOLDEN_USERS: Final = (1, 5, 8, 11)
 """Histories of 2, 13, 89 and 377 events (as far as the release keeps so many), each with a context."""
