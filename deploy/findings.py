@@ -157,7 +157,7 @@ def version_facts(manifest: Manifest, epoch: int, runs: Sequence[RunManifest]) -
         ("epoch", str(epoch)),
         *((f"run {i}", f"{run.run_id} (as of {show_time(run.as_of_us)})") for i, run in enumerate(runs, 1)),
         ("trained until", show_time(manifest.trained_until_us)),
-        ("state", f"{manifest.config.d_model} x {manifest.compute_dtype}, stored as {manifest.storage_codec}"),
+        ("state", f"{manifest.config.state_width} x {manifest.compute_dtype}, stored as {manifest.storage_codec}"),
     ]
 
 

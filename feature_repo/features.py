@@ -15,7 +15,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
-from feast.types import Array, Float32, Int64, String
+from feast.types import Array, Bytes, Float32, Int64, String
 
 from feature_repo.environment import FEAST_REDIS, FEAST_REGISTRY, REGISTRY, STATES
 from feature_repo.layout import ENTITY, SERVICE, view_name
@@ -68,12 +68,12 @@ def define(registry_uri: str, states_uri: str) -> Definitions:
     return Definitions(entity, tuple(views.values()), service)
 
 
-def states_schema(user_id_type: str) -> pa.Schema:
+def states_schema(user_id_type: str, storage_codec: str) -> pa.Schema:
     """Columns of the job's states files."""
     return pa.schema(
         [
             pa.field(ENTITY, pa.int64() if user_id_type == "int64" else pa.string()),
-            pa.field("state", pa.list_(pa.float32())),
+            pa.field("state", pa.list_(pa.float32()) if storage_codec == "float32" else pa.binary()),
             pa.field("state_version", pa.string()),
             pa.field("history_until", pa.int64()),
             pa.field("encoded_at", pa.int64()),
@@ -95,7 +95,7 @@ def write_schema_file(states_uri: str, release: StoredRelease) -> None:
         if filesystem.exists(path):
             return
         sink = pa.BufferOutputStream()
-        pq.write_table(states_schema(release.user_id_type).empty_table(), sink)
+        pq.write_table(states_schema(release.user_id_type, release.storage_codec).empty_table(), sink)
         filesystem.makedirs(folder, exist_ok=True)
         temporary = f"{folder}/.{uuid.uuid4().hex}"
         filesystem.pipe_file(temporary, sink.getvalue().to_pybytes())
@@ -106,6 +106,7 @@ def write_schema_file(states_uri: str, release: StoredRelease) -> None:
 
 def _view(release: StoredRelease, entity: Entity, entity_field: Field, states_uri: str) -> FeatureView:
     name = view_name(release.state_version)
+    state_type = Array(Float32) if release.storage_codec == "float32" else Bytes
     source = FileSource(
         name=f"{name}__runs",
         path=f"{states_uri}/{release.state_version}/runs*/*/states/shard-*.parquet",
@@ -118,12 +119,16 @@ def _view(release: StoredRelease, entity: Entity, entity_field: Field, states_ur
         source=source,
         schema=[
             entity_field,
-            Field(name="state", dtype=Array(Float32), description="The encoder's last hidden state."),
+            Field(name="state", dtype=state_type, description=f"What the encoder leaves, as {release.storage_codec}."),
             Field(name="state_version", dtype=String),
             Field(name="history_until", dtype=Int64, description="Last event seen, microseconds since the epoch."),
             Field(name="encoded_at", dtype=Int64, description="As-of time of the run, microseconds since the epoch."),
         ],
-        tags={"state_version": release.state_version, "state_width": str(release.state_width)},
+        tags={
+            "state_version": release.state_version,
+            "state_width": str(release.state_width),
+            "storage_codec": release.storage_codec,
+        },
     )
 
 

@@ -8,13 +8,17 @@ of the installed Feast.
 
 Pure: bytes in, bytes out; the standard library and numpy only.
 
-Legend: U users, D state width.
+A state stands as an Array(Float32), or, where the release has a codec, as Bytes that the codec makes and reads; callers
+hand in the codec of the view's version (None: there is none).
+
+Legend: U users, D state width, B bytes of a state that a codec made.
 """
 
 import functools
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,11 +42,24 @@ _VALUE_TYPE_STRING = 2  # feast.types.ValueType.Enum
 _VALUE_TYPE_INT64 = 4
 _STRING_VAL = 2 << 3 | 2  # feast.types.Value: field number << 3 | wire type
 _INT64_VAL = 4 << 3
+_BYTES_VAL = 1 << 3 | 2
 _FLOAT_LIST_VAL = b"\x82\x01"  # field 16, wire type 2
 _LIST_VAL = 1 << 3 | 2  # feast.types.FloatList.val, packed
 _TIMESTAMP_SECONDS = 1 << 3
 _TWO_63 = 1 << 63
 _TWO_64 = 1 << 64
+
+
+class Codec(Protocol):
+    """What turns states into the bytes of one field and back (model.state_codec)."""
+
+    def encode(self, state_UW: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """f32 [U, D] to u8 [U, B]."""
+        ...
+
+    def decode(self, data: bytes) -> NDArray[np.float32]:
+        """f32 [D]. Raises ValueError for bytes that no state has."""
+        ...
 
 
 class LayoutError(ValueError):
@@ -57,7 +74,7 @@ class StateRow:
     """
 
     state: NDArray[np.float32]
-    """f32 [D]; read-only where it was decoded."""
+    """f32 [D]; read-only where it was decoded without a codec."""
     state_version: str
     history_until_us: int
     """Time of the last event the state has seen."""
@@ -205,8 +222,10 @@ def is_user_key(key: bytes, project: str = PROJECT) -> bool:
 # Values
 
 
-def encode_state(state: NDArray[np.float32]) -> bytes:
-    """f32 [D] as a Feast Array(Float32) value."""
+def encode_state(state: NDArray[np.float32], codec: Codec | None = None) -> bytes:
+    """f32 [D] as a Feast Array(Float32) value; by a codec, as a Bytes value."""
+    if codec is not None:
+        return encode_blobs(codec.encode(state[None]))[0]
     data = np.ascontiguousarray(state, dtype="<f4").tobytes()
     return _state_head(len(data)) + data
 
@@ -220,6 +239,13 @@ def encode_states(state_UD: NDArray[np.float32]) -> list[bytes]:
     if not width:
         return [_state_head(0)] * data.shape[0]
     return _glue(_state_head(width), data.view(np.uint8))
+
+
+def encode_blobs(data_UB: NDArray[np.uint8]) -> list[bytes]:
+    """u8 [U, B] as U Feast Bytes values."""
+    if data_UB.ndim != 2:
+        raise LayoutError(f"stored states must have the shape [U, B], got {data_UB.shape}")
+    return _glue(bytes((_BYTES_VAL,)) + _varint(data_UB.shape[1]), data_UB)
 
 
 def encode_string(value: str) -> bytes:
@@ -313,11 +339,11 @@ def _signed(value: int) -> int:
 # Rows
 
 
-def encode_row(row: StateRow, view: str) -> dict[bytes, bytes]:
+def encode_row(row: StateRow, view: str, codec: Codec | None = None) -> dict[bytes, bytes]:
     """The hash fields and values of a row, byte for byte what Feast writes. A NaN passes: the writers refuse it."""
     state, state_version, history_until, encoded_at, timestamp = row_fields(view)
     return {
-        state: encode_state(row.state),
+        state: encode_state(row.state, codec),
         state_version: encode_string(row.state_version),
         history_until: encode_int64(row.history_until_us),
         encoded_at: encode_int64(row.encoded_at_us),
@@ -325,11 +351,12 @@ def encode_row(row: StateRow, view: str) -> dict[bytes, bytes]:
     }
 
 
-def decode_row(values: Sequence[bytes | None]) -> StateRow | None:
+def decode_row(values: Sequence[bytes | None], codec: Codec | None = None) -> StateRow | None:
     """The row in the values of `row_fields`, or None for an unknown user (every value is None).
 
-    The state is a read-only view of the stored bytes. What it should hold (version, length, finite numbers) is for the
-    caller to check. Raises LayoutError, which names the field, where the row is not whole.
+    The state is a read-only view of the stored bytes, or what the codec makes of them. What it should hold (version,
+    length, finite numbers) is for the caller to check. Raises LayoutError, which names the field, where
+    the row is not whole.
     """
     if len(values) != ROW_LENGTH:
         raise LayoutError(f"row: wanted {ROW_LENGTH} values, got {len(values)}")
@@ -341,7 +368,7 @@ def decode_row(values: Sequence[bytes | None]) -> StateRow | None:
         missing = [name for name, value in zip(names, values, strict=True) if value is None]
         raise LayoutError(f"{', '.join(missing)}: missing from the row")
     return StateRow(
-        _decode_state(state),
+        _decode_state(state) if codec is None else _decode_blob(state, codec),
         _decode_string(state_version, "state_version"),
         _decode_int64(history_until, "history_until"),
         _decode_repeated_int64(encoded_at, "encoded_at"),
@@ -358,6 +385,18 @@ def _decode_state(data: bytes) -> NDArray[np.float32]:
             )
         raise LayoutError(f"state: its {len(data)} bytes are not what its length prefix says")
     return np.frombuffer(data, "<f4", offset=len(head))
+
+
+def _decode_blob(data: bytes, codec: Codec) -> NDArray[np.float32]:
+    if not data or data[0] != _BYTES_VAL:
+        raise LayoutError(f"state: wanted bytes, got a value that begins with {data[:1].hex() or 'nothing'}")
+    length, at = _read_varint(data, 1, "state")
+    if len(data) - at != length:
+        raise LayoutError(f"state: wanted {length} bytes, got {len(data) - at}")
+    try:
+        return codec.decode(data[at:])
+    except ValueError as error:
+        raise LayoutError(f"state: {error}") from None
 
 
 # The version and the two as-of times are the same in every row of a run, so what they decode to is remembered.

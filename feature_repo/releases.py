@@ -24,6 +24,8 @@ class StoredRelease:
     state_version: str
     user_id_type: str
     state_width: int
+    storage_codec: str
+    """float32: the state is a list of numbers; any other: bytes."""
 
 
 def read_releases(registry_uri: str) -> list[StoredRelease]:
@@ -52,11 +54,13 @@ def read_releases(registry_uri: str) -> list[StoredRelease]:
 def _stored_release(name: str, manifest: Mapping[str, Any]) -> StoredRelease:
     if manifest["release_id"] != name:
         raise ValueError(f"its release_id is {manifest['release_id']!r}, its folder {name!r}")
+    config = manifest["config"]
     return StoredRelease(
         release_id=name,
         state_version=str(manifest["state_version"]),
         user_id_type=str(manifest["description"]["user_id_type"]),
-        state_width=int(manifest["config"]["d_model"]),
+        state_width=int(config["d_model"]) * int(config.get("state_tokens", 1)),  # releases before tokens had one
+        storage_codec=str(config["storage_codec"]),
     )
 
 

@@ -17,6 +17,11 @@ from numpy.typing import NDArray
 from model.records import Context, Id
 from model.release import GOLDEN_TOLERANCE, Release
 
+CODEC_TOLERANCE: Final = {"float32": 0.0, "float16": 2e-3, "int8": 2e-2}
+"""How much more an embedding may differ where a codec rounds the state: a number that another processor moves by 1e-6
+over the middle between two steps is stored a whole step away. One such step moved embeddings of random towers by up to
+5e-4 and 4e-3."""
+
 _GOLDEN_USERS: Final = (1, 5, 8, 11)
 """Histories of 2, 13, 89 and 377 events (as far as the release keeps so many), each with a context."""
 _FIRST_INT_ID: Final = -(2**62)
@@ -29,13 +34,16 @@ class Canary:
 
     user_id: Id
     state_D: NDArray[np.float32]
+    """Before a codec rounds it."""
     history_until_us: int
     """Before it is moved."""
     context: Context
     """Before it is moved."""
     embedding_E: NDArray[np.float32]
-    tolerance: float
-    """Largest |difference| allowed, by the release's compute dtype."""
+    state_tolerance: float
+    """Largest |difference| allowed of a stored state: by the release's compute dtype, and the codec's rounding."""
+    embedding_tolerance: float
+    """Largest |difference| allowed of an embedding."""
 
     def state_difference(self, state_D: NDArray[np.float32]) -> float:
         """Largest |difference| of a stored state; infinite for another width or a NaN."""
@@ -61,19 +69,25 @@ def canary_ids(id_type: str) -> list[Id]:
 def canaries(release: Release) -> list[Canary]:
     """The canaries of a release, with golden outputs. Needs no part of it loaded."""
     golden = release.golden_users()
-    tolerance = GOLDEN_TOLERANCE[release.manifest.compute_dtype]
+    config, codec = release.config, release.codec
+    tolerance = GOLDEN_TOLERANCE[config.compute_dtype]
+    rounding_U = [0.0] * len(golden.state_UD) if codec is None else codec.rounding(golden.state_UD).tolist()
+    embedding_tolerance = tolerance + CODEC_TOLERANCE[config.storage_codec]
     found = []
     for user_id, u in zip(canary_ids(release.manifest.description.user_id_type), _GOLDEN_USERS, strict=True):
         until_us = golden.history_until_us[u]
         assert until_us is not None, "a canary has a state"
         found.append(
-            Canary(user_id, golden.state_UD[u], until_us, golden.contexts[u], golden.embedding_UE[u], tolerance)
-        )
+            Canary(
+                user_id, golden.state_UD[u], until_us, golden.contexts[u], golden.embedding_UE[u],
+                tolerance + rounding_U[u], embedding_tolerance,
+            )
+        )  # fmt: skip
     return found
 
 
 def encode_canaries(release: Release, as_of_us: int) -> tuple[list[Id], NDArray[np.float32], list[int]]:
-    """The canaries' rows as of a time, encoded now: ids, states f32 [U, D], and the times of their last events."""
+    """The canaries' rows as of a time, encoded now: ids, states f32 [U, D] before any codec, times of last events."""
     golden = release.golden_users()
     rows = [range(int(golden.offsets[u]), int(golden.offsets[u + 1])) for u in _GOLDEN_USERS]
     table = golden.table.take([row for some in rows for row in some])

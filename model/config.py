@@ -12,7 +12,9 @@ class TowerConfig:
     """Shape and meaning of one tower."""
 
     d_model: int = 64
-    """Width of the encoder and length of the stored state."""
+    """Width of the encoder and of one token of the stored state."""
+    state_tokens: int = 1
+    """Tokens of a stored state: the last hidden state, then what learned queries read from the whole history."""
     num_layers: int = 2
     num_heads: int = 2
     ffn_factor: int = 4
@@ -50,12 +52,12 @@ class TowerConfig:
     compute_dtype: str = "float32"
     """dtype of the encoder's matrix products: float32 or bfloat16."""
     storage_codec: str = "float32"
-    """How a state is stored."""
+    """How a state is stored: float32, float16 or int8 (model.state_codec)."""
 
     def __post_init__(self) -> None:
         at_least_one = (
-            "d_model", "num_layers", "num_heads", "ffn_factor", "history_limit", "embedding_dim", "head_hidden",
-            "hash_rows", "category_limit", "context_dim", "session_limit", "subject_limit",
+            "d_model", "state_tokens", "num_layers", "num_heads", "ffn_factor", "history_limit", "embedding_dim",
+            "head_hidden", "hash_rows", "category_limit", "context_dim", "session_limit", "subject_limit",
         )  # fmt: skip
         for name in at_least_one:
             if getattr(self, name) < 1:
@@ -76,8 +78,13 @@ class TowerConfig:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"compute_dtype must be float32 or bfloat16, got {self.compute_dtype!r}")
-        if self.storage_codec != "float32":
-            raise ConfigError(f"storage_codec must be float32, got {self.storage_codec!r}")
+        if self.storage_codec not in ("float32", "float16", "int8"):
+            raise ConfigError(f"storage_codec must be float32, float16 or int8, got {self.storage_codec!r}")
+
+    @property
+    def state_width(self) -> int:
+        """Numbers of a stored state: its tokens, one after another."""
+        return self.state_tokens * self.d_model
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -1,6 +1,7 @@
 """State and request context to user embedding.
 
-Legend: B requests, D state width, E embedding width, C context width, K session limit, M subject limit.
+Legend: B requests, D width of a token, W = m x D width of a state of m tokens, E embedding width, C context width,
+K session limit, M subject limit.
 """
 
 from dataclasses import replace
@@ -44,11 +45,34 @@ class SessionLayer(nn.Module):
         return self.out(torch.cat([last_BE, pooled_BE], -1)) * (length_B > 0)[:, None]  # type: ignore[no-any-return]
 
 
+class TokenFusion(nn.Module):
+    """The last token, and what a query made from it and the context reads from all tokens of the state.
+
+    One head whose keys are the tokens themselves: a key projection would only multiply the query's.
+    """
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        width = config.d_model
+        self.tokens = config.state_tokens
+        self.scale = width**-0.5
+        self.ask = nn.Linear(width + 2 * config.context_dim, width)
+        self.give = nn.Linear(width, width)
+
+    def forward(self, state_BW: torch.Tensor, session_BC: torch.Tensor, other_BC: torch.Tensor) -> torch.Tensor:
+        """Returns [B, D]."""
+        token_BmD = state_BW.reshape(len(state_BW), self.tokens, -1)
+        query_BD = self.ask(torch.cat([token_BmD[:, 0], session_BC, other_BC], -1))
+        weight_Bm = (torch.einsum("bd,bmd->bm", query_BD, token_BmD) * self.scale).softmax(-1)
+        return token_BmD[:, 0] + self.give(torch.einsum("bm,bmd->bd", weight_Bm, token_BmD))  # type: ignore[no-any-return]
+
+
 class ContextHead(nn.Module):
     """[state, session, context] through an MLP with a linear short cut, L2-normalised.
 
     State and context are concatenated; an absent part adds zeros, so any subset of the context may be given.
-    `cold_state_D` stands in for the state of users without a usable row and is learned by state dropout.
+    `cold_state_D` (as wide as a state) stands in for users without a usable row and is learned by state dropout.
+    A state of several tokens is fused into one, by the context, before it is joined.
     """
 
     def __init__(self, config: TowerConfig, num_types: int, column_sizes: list[int]) -> None:
@@ -56,7 +80,7 @@ class ContextHead(nn.Module):
         super().__init__()
         self.config = config
         width = config.context_dim
-        self.cold_state_D = nn.Parameter(torch.zeros(config.d_model))
+        self.cold_state_D = nn.Parameter(torch.zeros(config.state_width))
         self.session = SessionLayer(config, num_types)
         self.column_embeddings = nn.ModuleList(nn.Embedding(size, width, padding_idx=0) for size in column_sizes)
         self.hour_embedding = nn.Embedding(HOURS, width, padding_idx=0)
@@ -70,6 +94,7 @@ class ContextHead(nn.Module):
         self.query = nn.Linear(config.query_dim, width, bias=False) if config.query_dim else None
         self.session_norm = nn.LayerNorm(width)
         self.context_norm = nn.LayerNorm(width)
+        self.fusion = TokenFusion(config) if config.state_tokens > 1 else None
         joined = config.d_model + 2 * width
         self.dropout = nn.Dropout(config.dropout)
         self.hidden = nn.Linear(joined, config.head_hidden)
@@ -77,15 +102,18 @@ class ContextHead(nn.Module):
         self.shortcut = nn.Linear(joined, config.embedding_dim, bias=False)
 
     def forward(self, state_BD: torch.Tensor, context: ContextFeatures, item_IE: torch.Tensor) -> torch.Tensor:
-        """state_BD: f32 [B, D], the cold state where a user has none. item_IE: f32 [I, E], the item tower's rows.
+        """state_BD: f32 [B, W], the cold state where a user has none. item_IE: f32 [I, E], the item tower's rows.
 
         Returns f32 [B, E], L2-normalised. In training, parts of the context and whole states are dropped at random.
         """
         if self.training:
             state_BD, context = self._drop(state_BD, context)
         other_BC = self._context(context, item_IE)
-        session_BC = self.session(state_BD, context, item_IE)
-        joined = torch.cat([state_BD, self.session_norm(session_BC), self.context_norm(other_BC)], -1)
+        session_BC = self.session_norm(self.session(state_BD[:, : self.config.d_model], context, item_IE))
+        other_BC = self.context_norm(other_BC)
+        if self.fusion is not None:
+            state_BD = self.fusion(state_BD, session_BC, other_BC)
+        joined = torch.cat([state_BD, session_BC, other_BC], -1)
         joined = self.dropout(joined)
         return F.normalize(self.out(F.gelu(self.hidden(joined))) + self.shortcut(joined), dim=-1)
 

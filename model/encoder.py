@@ -1,6 +1,8 @@
-"""History to user state: a causal Transformer over packed histories. The user state is the last hidden state.
+"""History to user state: a causal Transformer over packed histories. The user state is the last hidden state, and,
+where the config asks for more tokens, what learned queries read from all hidden states up to it.
 
-Legend: U users, T packed events, D channels, h heads, d channels of a head, L longest history, P distances.
+Legend: U users, T packed events, D channels, W = m x D width of a state of m tokens, h heads, d channels of a head,
+L longest history, P distances.
 """
 
 from dataclasses import dataclass
@@ -214,6 +216,33 @@ class Block(nn.Module):
         return event_TD, (key, value)
 
 
+class LatentTokens(nn.Module):
+    """m - 1 learned queries, each of which attends to the hidden states up to and including an event.
+
+    A query is the same after every event, so one causal attention gives the tokens of every cut of every history at
+    once. Keys and queries are rotated: a query may favour how long ago an event was.
+    Source: Perceiver's latents (Jaegle et al. 2021); we differ in that the queries read causally, and once.
+    """
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        head_dim = config.d_model // config.num_heads
+        self.query = nn.Parameter(torch.empty(config.state_tokens - 1, config.num_heads, head_dim))
+        nn.init.normal_(self.query)
+        self.key_value = nn.Linear(config.d_model, 2 * config.d_model)
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, hidden_TD: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """The latent tokens after every event: [T, (m - 1) x D]."""
+        tokens = len(self.query)
+        key, value = (part.unflatten(-1, (self.num_heads, -1)) for part in self.key_value(hidden_TD).chunk(2, -1))
+        key, value = (part.repeat(1, tokens, 1) for part in (rotate(key, packing), value))
+        query = self.query.flatten(0, 1).to(key.dtype).expand(len(hidden_TD), -1, -1)
+        read_Thd = packed_causal_attention(rotate(query, packing), key, value, packing)
+        return self.norm(read_Thd.reshape(len(hidden_TD), tokens, -1)).flatten(1)  # type: ignore[no-any-return]
+
+
 class Encoder(nn.Module):
     """Item, event type, time gap and declared event columns, summed; then causal Transformer blocks.
 
@@ -236,10 +265,15 @@ class Encoder(nn.Module):
         block = {"softmax": Block, "pointwise": PointwiseBlock}[config.attention]
         self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
+        self.latents = LatentTokens(config) if config.state_tokens > 1 else None
 
     def forward(self, events: EventFeatures) -> torch.Tensor:
-        """Hidden state after every event: [T, D]."""
-        return self.with_keys_and_values(events)[0]
+        """User state after every event: [T, W]; with one token, the hidden state."""
+        hidden_TD = self.with_keys_and_values(events)[0]
+        if self.latents is None:
+            return hidden_TD
+        packing = Packing.of(events.offsets, self.config.d_model // self.config.num_heads, events.time_us_T)
+        return torch.cat([hidden_TD, self.latents(hidden_TD, packing).to(hidden_TD.dtype)], -1)
 
     def with_keys_and_values(
         self, events: EventFeatures
@@ -257,12 +291,12 @@ class Encoder(nn.Module):
         return self.norm(event_TD), keys_and_values
 
     def states(self, events: EventFeatures) -> torch.Tensor:
-        """User states: the hidden state after each user's last event, f32 [U, D].
+        """User states after each user's last event, f32 [U, W].
 
         Raises ShapeError for a user without events: such a user has no state, the head's cold start serves them.
         """
         if not len(events.offsets) > 1 or bool((events.offsets.diff() == 0).any()):
             raise ShapeError("states needs at least one user, and at least one event of every user")
         last_U = (events.offsets[1:] - 1).to(events.item_T.device)
-        state_UD: torch.Tensor = self(events)[last_U].float()
-        return state_UD
+        state_UW: torch.Tensor = self(events)[last_U].float()
+        return state_UW

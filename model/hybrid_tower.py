@@ -15,6 +15,7 @@ from model.encoder import Encoder
 from model.features import Featuriser, Vocabularies
 from model.item_tower import ItemEmbedder, ItemShape, ItemTower, build_item_embedder
 from model.records import Context
+from model.state_codec import StateCodec, as_stored
 
 
 def _sizes(vocabularies: Vocabularies, columns: Sequence[str]) -> list[int]:
@@ -75,13 +76,16 @@ class HybridTower(nn.Module):
     ) -> NDArray[np.float32]:  # fmt: skip
         """User embeddings straight from histories, undivided: what the split pipeline must equal.
 
+        A codec rounds the states here as it does in the store.
+
         table, offsets: packed histories as Featuriser.events takes them, B users, each with at least one event.
         contexts: one a user. Returns f32 [B, E].
         """
         self.eval()
         device = self.head.cold_state_D.device
         events = self.featuriser.events(table, offsets).latest(self.featuriser.config.history_limit)
-        state_BD = self.encoder.states(events.to(device))
+        states = self.encoder.states(events.to(device)).cpu().numpy()
+        state_BD = torch.from_numpy(as_stored(StateCodec.of(self.featuriser.config), states)).to(device)
         until_us = events.time_us_T[events.offsets[1:] - 1].tolist()
         context = self.featuriser.contexts(contexts, until_us).to(device)
         embedding: NDArray[np.float32] = self.head(state_BD, context, self.items.table()).cpu().numpy()

@@ -51,6 +51,7 @@ from model.features import Featuriser, Vocabularies
 from model.hybrid_tower import HybridTower, build_encoder, build_head
 from model.item_tower import ItemEmbedder, ItemShape, ItemTower
 from model.records import Context, Event, SubjectItem
+from model.state_codec import StateCodec, as_stored
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +59,15 @@ ALL_PARTS = ("encoder", "head", "items")
 FORMAT = 1
 GOLDEN_TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}
 """Largest |difference| of a golden output allowed at load, by compute dtype. A state's values are of order 1: another
-processor or library build moves float32 by about 1e-6, bfloat16 by about 1e-2; a changed featuriser by 1e-1 and up."""
+processor or library build moves float32 by about 1e-6, bfloat16 by about 1e-2; a changed featuriser by 1e-1 and up.
+States are compared as the encoder gives them, before a codec rounds them, so that this holds for every codec."""
 
 _STATE_FIELDS = (
-    "d_model", "num_layers", "num_heads", "ffn_factor", "history_limit", "hash_rows", "category_limit",
+    "d_model", "state_tokens", "num_layers", "num_heads", "ffn_factor", "history_limit", "hash_rows", "category_limit",
     "compute_dtype", "storage_codec",
 )  # fmt: skip
 _STATE_DESCRIPTION = ("user_id_type", "item_id_type", "event_types", "order_column", "event_columns", "item_columns")
-_STATE_SOURCES = ("features.py", "encoder.py", "item_tower.py")
+_STATE_SOURCES = ("features.py", "encoder.py", "item_tower.py", "state_codec.py")
 _EMBEDDING_SOURCES = ("context_head.py",)
 
 
@@ -216,6 +218,7 @@ class GoldenUsers:
     history_until_us: list[int | None]
     """None: answered from the cold-start state."""
     state_UD: NDArray[np.float32]
+    """As the encoder gave them; the embeddings are made of what the codec leaves of them."""
     embedding_UE: NDArray[np.float32]
 
 
@@ -260,6 +263,11 @@ class Release:
         return self.manifest.config
 
     @property
+    def codec(self) -> StateCodec | None:
+        """How its states are stored; None for a list of float32."""
+        return StateCodec.of(self.config)
+
+    @property
     def encoder(self) -> Encoder:
         """Raises CheckpointError where that part was not loaded; head and items likewise."""
         return _loaded(self._encoder, "encoder")
@@ -282,7 +290,7 @@ class Release:
     def encode(self, table: pa.Table, offsets: NDArray[np.int64]) -> NDArray[np.float32]:
         """User states of packed histories, as Featuriser.events takes them; the latest `history_limit` events count.
 
-        Returns f32 [U, D]. Raises ShapeError for a user without events.
+        Returns f32 [U, D], before any codec. Raises ShapeError for a user without events.
         """
         events = self.featuriser.events(table, offsets).latest(self.config.history_limit).to(self.device)
         with self._compute():
@@ -303,8 +311,8 @@ class Release:
         states: f32 [B, D], the cold state where a user has no usable row (history_until_us None there).
         Returns f32 [B, E], L2-normalised. Raises ShapeError on another width.
         """
-        if states.ndim != 2 or states.shape[1] != self.config.d_model:
-            raise ShapeError(f"states must have shape [B, {self.config.d_model}], got {list(states.shape)}")
+        if states.ndim != 2 or states.shape[1] != self.config.state_width:
+            raise ShapeError(f"states must have shape [B, {self.config.state_width}], got {list(states.shape)}")
         context = self.featuriser.contexts(contexts, history_until_us).to(self.device)
         state_BD = torch.from_numpy(np.ascontiguousarray(states, np.float32)).to(self.device)
         if self.item_table is None:
@@ -330,6 +338,13 @@ class Release:
         _, items = _split_golden(self._golden)
         return GoldenItems(np.array(items["item_row"].to_pylist(), np.int64), _matrix(items["embedding"]))
 
+    def _answered(
+        self, state_UD: NDArray[np.float32], history_until_us: Sequence[int | None]
+    ) -> NDArray[np.float32]:  # fmt: skip
+        """What the head reads for golden users: encoded states as they are stored, or the cold state."""
+        is_cold_U1 = [[until is None] for until in history_until_us]
+        return np.where(is_cold_U1, self.cold_state[None], as_stored(self.codec, state_UD)).astype(np.float32)
+
     def verify(self) -> GoldenReport:
         """Replay the golden inputs through the loaded parts."""
         users = self.golden_users()
@@ -337,8 +352,7 @@ class Release:
         if self._encoder is not None:
             differences["states"] = _largest_difference(self.encode(users.table, users.offsets), users.state_UD)
         if self._head is not None and self._items is not None:
-            is_cold_U1 = [[until is None] for until in users.history_until_us]
-            states = np.where(is_cold_U1, self.cold_state[None], users.state_UD).astype(np.float32)
+            states = self._answered(users.state_UD, users.history_until_us)
             embeddings = self.embed(states, users.contexts, users.history_until_us)
             differences["embeddings"] = _largest_difference(embeddings, users.embedding_UE)
         if self.item_table is not None:
@@ -864,7 +878,7 @@ def _make_golden(release: Release) -> pa.Table:
     )
     states = release.encode(*_golden_histories(table, featuriser))
     until_us = table["history_until_us"].to_pylist()
-    answered = np.where([[until is None] for until in until_us], release.cold_state[None], states).astype(np.float32)
+    answered = release._answered(states, until_us)
     embeddings = release.embed(answered, [context for _, context, _ in users], until_us)
     table = table.append_column("state", _lists(states)).append_column("embedding", _lists(embeddings))
     rows = np.unique(random.integers(0, featuriser.num_rows, _GOLDEN_ITEMS))

@@ -62,10 +62,10 @@ def check_resident(resident: Resident, residents: ResidentSet, rows: Mapping[byt
     as_of_us: list[int] = []
     missing = not resident.canaries
 
-    def compare(part: str, canary: Canary, difference: float) -> None:
+    def compare(part: str, canary: Canary, difference: float, tolerance: float) -> None:
         differences[part] = max(difference, differences.get(part, 0.0))
-        if not difference <= canary.tolerance:
-            failures.append((part, f"user {canary.user_id} differs by {difference:.2g} ({canary.tolerance:g} allowed)"))
+        if not difference <= tolerance:
+            failures.append((part, f"user {canary.user_id} differs by {difference:.2g} ({tolerance:.3g} allowed)"))
 
     view = resident.view
     for canary in resident.canaries:
@@ -77,7 +77,7 @@ def check_resident(resident: Resident, residents: ResidentSet, rows: Mapping[byt
             failures.append(("row", f"user {canary.user_id}: {state}"))
         else:
             as_of_us.append(state.encoded_at_us)
-            compare("state", canary, canary.state_difference(state.state_D))
+            compare("state", canary, canary.state_difference(state.state_D), canary.state_tolerance)
             context = canary.context_at(state.history_until_us)
             version = resident.embedding_version
             request = Request(canary.user_id, context, monotonic() + 60, True, expected_embedding_version=version)
@@ -87,7 +87,8 @@ def check_resident(resident: Resident, residents: ResidentSet, rows: Mapping[byt
         if isinstance(result, Exception):
             failures.append(("embedding", f"user {canary.user_id}: {result}"))
         else:
-            compare("embedding", canary, canary.embedding_difference(result.embedding_E))
+            difference = canary.embedding_difference(result.embedding_E)
+            compare("embedding", canary, difference, canary.embedding_tolerance)
     verdict = FAILED if failures else UNKNOWN if missing else PASSED
     return Check(verdict, differences, tuple(failures), min(as_of_us, default=None))
 

@@ -174,7 +174,7 @@ def retrieve(
 def _embed(rows: Sequence[tuple[int, Verdict]], requests: Sequence[Request]) -> NDArray[np.float32]:
     """One run of one release's head: f32 [B, E]."""
     resident = rows[0][1].resident
-    state_BD = np.empty((len(rows), resident.config.d_model), np.float32)
+    state_BD = np.empty((len(rows), resident.config.state_width), np.float32)
     until_us: list[int | None] = []
     for b, (_, verdict) in enumerate(rows):
         state = verdict.state

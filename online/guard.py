@@ -80,7 +80,7 @@ def carries_version(row: Row, view: View, limits: Limits) -> bool:
 
 def has_width(row: Row, view: View, limits: Limits) -> bool:
     """The state has the release's width."""
-    return row.state.shape == (view.d_model,)
+    return row.state.shape == (view.width,)
 
 
 def is_finite(row: Row, view: View, limits: Limits) -> bool:
@@ -132,7 +132,7 @@ def read_row(values: Values, view: View, limits: Limits) -> UserState | str:
     if not is_whole(values):
         return Reason.UNKNOWN_USER if is_absent(values) else Reason.MISSING_FIELD
     try:
-        row = layout.decode_row(values)
+        row = layout.decode_row(values, view.codec)
     except layout.LayoutError:
         return Reason.TORN_ROW
     if row is None:

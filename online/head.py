@@ -8,8 +8,9 @@ than the operator. The featuriser is the release's own.
 Two implementations of one head may drift apart, so `ServingHead` compares itself with `Release.embed` when it is built
 and refuses to exist if they differ.
 
-Legend: B requests, D state width, E embedding width, C context width, K session limit, M subject limit,
-J = D + 2C joined width, W hidden width, R rows of the joined context tables, I item rows.
+Legend: B requests, D width of a token, W = m x D width of a state of m tokens, E embedding width, C context width,
+K session limit, M subject limit, J = D + 2C joined width, H hidden width, R rows of the joined context tables,
+I item rows.
 """
 
 from collections.abc import Sequence
@@ -99,28 +100,41 @@ class ServingHead:
         bias_N = np.concatenate([_array(head.hidden.bias), _array(head.out.bias)])
         normed = joined_JN[config.d_model :]
         bias_N += np.concatenate([_array(norm.bias) for norm in norms]) @ normed
-        normed *= np.concatenate([_array(norm.weight) for norm in norms])[:, None] * np.float32(config.context_dim**0.5)
+        gain_G1 = np.concatenate([_array(norm.weight) for norm in norms])[:, None] * np.float32(config.context_dim**0.5)
+        normed *= gain_G1
         self._joined_JN, self._joined_bias_N = joined_JN, bias_N
+
+        # The query that reads the tokens takes the same row, so its weights take the gains and biases alike.
+        self._ask_JD: Floats | None = None
+        if head.fusion is not None:
+            ask_JD, bias_D = _array(head.fusion.ask.weight.T).copy(), _array(head.fusion.ask.bias).copy()
+            bias_D += np.concatenate([_array(norm.bias) for norm in norms]) @ ask_JD[config.d_model :]
+            ask_JD[config.d_model :] *= gain_G1
+            token_scale = np.float32(head.fusion.scale)
+            self._ask_JD, self._ask_bias_D = ask_JD * token_scale, bias_D * token_scale
+            self._give_DD, self._give_bias_D = _array(head.fusion.give.weight.T), _array(head.fusion.give.bias)
         self._hidden = head.hidden.weight.shape[0]
-        self._out_WE = _array(head.out.weight.T)
+        self._out_HE = _array(head.out.weight.T)
         self._check(release)
 
     def embed(self, states: Floats, contexts: Sequence[Context], history_until_us: Sequence[int | None]) -> Floats:
-        """As `Release.embed`: f32 [B, D] to f32 [B, E], L2-normalised."""
+        """As `Release.embed`: f32 [B, W] to f32 [B, E], L2-normalised."""
         features = self._featuriser.context_arrays(contexts, history_until_us)
         size = len(states)
         row = np.empty((size, self._width), np.float32)
-        row[:, self._state] = states
+        row[:, self._state] = states[:, : self._config.d_model]
         self._write_session(features, row)
         self._write_context(features, row)
         parts_B2C = row[:, self._parts].reshape(size, 2, -1)  # a view
         square_B2 = np.vecdot(parts_B2C, parts_B2C)
         square_B2 += self._epsilon
         parts_B2C /= np.sqrt(square_B2, square_B2)[..., None]
+        if self._ask_JD is not None:
+            self._fuse_tokens(states, self._ask_JD, row)
         product_BN = row[:, self._joined] @ self._joined_JN
         product_BN += self._joined_bias_N
-        hidden_BW = F.gelu(torch.from_numpy(product_BN[:, : self._hidden])).numpy()
-        embedding_BE: Floats = hidden_BW @ self._out_WE
+        hidden_BH = F.gelu(torch.from_numpy(product_BN[:, : self._hidden])).numpy()
+        embedding_BE: Floats = hidden_BH @ self._out_HE
         embedding_BE += product_BN[:, self._hidden :]
         length_B = np.sqrt(np.vecdot(embedding_BE, embedding_BE))
         embedding_BE /= np.maximum(length_B, _SHORTEST)[:, None]
@@ -169,10 +183,23 @@ class ServingHead:
         if is_ragged:
             out_BC *= (length_B > 0)[:, None]
 
+    def _fuse_tokens(self, states: Floats, ask_JD: Floats, row: Floats) -> None:
+        """Adds to the last token what the query reads from all of them."""
+        token_BmD = states.reshape(len(states), -1, self._config.d_model)
+        query_BD: Floats = row[:, self._joined] @ ask_JD
+        query_BD += self._ask_bias_D
+        weight_Bm = (token_BmD @ query_BD[:, :, None])[:, :, 0]
+        weight_Bm -= np.maximum.reduce(weight_Bm, 1, keepdims=True)
+        np.exp(weight_Bm, weight_Bm)
+        weight_Bm /= np.add.reduce(weight_Bm, 1, keepdims=True)
+        out_BD = row[:, self._state]
+        out_BD += (weight_Bm[:, None] @ token_BmD)[:, 0] @ self._give_DD
+        out_BD += self._give_bias_D
+
     def _check(self, release: Release) -> None:
         """Compare with `Release.embed` on contexts with every part present and absent."""
         random = np.random.default_rng(0)
-        states = random.standard_normal((24, self._config.d_model)).astype(np.float32)
+        states = random.standard_normal((24, self._config.state_width)).astype(np.float32)
         contexts = [_random_context(random, release, row) for row in range(len(states))]
         until_us = [None if row % 3 == 0 else _TIME_US - row * 7_000_000 for row in range(len(states))]
         wanted = release.embed(states, contexts, until_us)

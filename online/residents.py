@@ -22,6 +22,7 @@ from model.dataset import DatasetDescription
 from model.errors import CheckpointError
 from model.item_index import ItemIndex
 from model.records import Context
+from model.state_codec import StateCodec
 
 
 class Manifest(Protocol):
@@ -79,7 +80,10 @@ class View:
     """Where the states of one version are stored, and what they must look like."""
 
     state_version: str
-    d_model: int
+    width: int
+    """D of a state."""
+    codec: StateCodec | None
+    """None where states stand as lists of float32."""
     start: int
     """Where the view's values begin among the values fetched for a user."""
 
@@ -168,10 +172,13 @@ def resident_set(epoch: int, loaded: Mapping[Role, Loaded], bridges: Sequence[St
                     f"releases of one service must agree on {name}: {serving.release_id} has {wanted}, "
                     f"{manifest.release_id} has {found}"
                 )
-        version, width = manifest.state_version, manifest.config.d_model
-        view = views.setdefault(version, View(version, width, len(views) * layout.ROW_LENGTH))
-        if view.d_model != width:
-            raise CheckpointError(f"state_version {version} has width {view.d_model} and {width}; it must be one")
+        version, config = manifest.state_version, manifest.config
+        width, codec = config.state_width, StateCodec.of(config)
+        view = views.setdefault(version, View(version, width, codec, len(views) * layout.ROW_LENGTH))
+        if view.width != width:
+            raise CheckpointError(f"state_version {version} has width {view.width} and {width}; it must be one")
+        if view.codec != codec:
+            raise CheckpointError(f"state_version {version} is stored as {view.codec} and {codec}; it must be one")
         residents.append(
             Resident(
                 role,
@@ -202,5 +209,5 @@ def resident_set(epoch: int, loaded: Mapping[Role, Loaded], bridges: Sequence[St
 def _crossings(bridges: Sequence[StoredBridge], views: Mapping[str, View], serving: Resident) -> Iterator[Crossing]:
     for stored in bridges:
         view = views.get(stored.manifest.from_state_version)
-        if view is not None and stored.bridge.matrix_XY.shape == (view.d_model, serving.view.d_model):
+        if view is not None and stored.bridge.matrix_XY.shape == (view.width, serving.view.width):
             yield Crossing(view, stored)

@@ -21,6 +21,7 @@ from apache_beam.utils.shared import Shared
 from model import event_log
 from model.errors import ConfigError, DataError, StoreUnavailable, TowerError
 from model.release import Manifest, Registry
+from model.state_codec import StateCodec
 from pipelines.io import Folder
 from pipelines.options import DEFAULT_SHARDS, EncodeSettings, parse_settings
 from pipelines.runs import SECOND_US, RunManifest, RunPlan, RunStore, iso, run_id_of
@@ -200,6 +201,7 @@ def plan_run(settings: EncodeSettings, release: Manifest, as_of_us: int, inputs:
         source_paths=event_log.list_files(settings.events),
         description=release.description,
         history_limit=release.config.history_limit,
+        codec=StateCodec.of(release.config),
         redis_url=settings.redis_url,
         rows_per_s=settings.rows_per_s,
         token=token,

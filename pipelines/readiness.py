@@ -4,6 +4,7 @@ The serving release is the yardstick: who it has a state for must have one, as n
 its place, or a flip would turn users into cold starts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -143,7 +144,7 @@ def _rows(mine: RunStore, theirs: RunStore, release: Release, demands: Demands, 
     users = wanted.take(pa.array(chosen)).to_pylist()
     try:
         with connect(redis_url) as client:
-            rows = _read_rows(client, users, mine.state_version)
+            rows = _read_rows(client, users, release)
             have = sum(row is not None and row.state_version == mine.state_version for row in rows)
             return [
                 _coverage("redis", have, len(users), "users looked up have a row in Redis", demands),
@@ -153,11 +154,11 @@ def _rows(mine: RunStore, theirs: RunStore, release: Release, demands: Demands, 
         return [Finding("redis", False, str(error))]
 
 
-def _read_rows(client: Any, users: list[Any], version: str) -> list[layout.StateRow | None]:
-    """Rows of one version; None where there is none or it cannot be decoded. Raises StoreUnavailable."""
+def _read_rows(client: Any, users: list[Any], release: Release) -> list[layout.StateRow | None]:
+    """Rows of a release's state version; None where there is none or it cannot be decoded. Raises StoreUnavailable."""
     from redis.exceptions import RedisError
 
-    fields = layout.row_fields(layout.view_name(version))
+    fields, codec = layout.row_fields(layout.view_name(release.manifest.state_version)), release.codec
     rows: list[layout.StateRow | None] = []
     try:
         for start in range(0, len(users), _LOOKUP_ROWS):
@@ -166,7 +167,7 @@ def _read_rows(client: Any, users: list[Any], version: str) -> list[layout.State
                     pipe.hmget(layout.redis_key(user), fields)
                 for values in pipe.execute():
                     try:
-                        rows.append(layout.decode_row(values))
+                        rows.append(layout.decode_row(values, codec))
                     except layout.LayoutError:
                         rows.append(None)
     except RedisError as error:
@@ -177,7 +178,7 @@ def _read_rows(client: Any, users: list[Any], version: str) -> list[layout.State
 def _canaries(client: Any, release: Release, run: RunManifest) -> Finding:
     """The reserved users' rows give the golden states, and through the head the golden embeddings."""
     known = canaries(release)
-    rows = _read_rows(client, [canary.user_id for canary in known], release.manifest.state_version)
+    rows = _read_rows(client, [canary.user_id for canary in known], release)
     worst = 0.0
     for canary, row in zip(known, rows, strict=True):
         if row is None:
@@ -186,21 +187,23 @@ def _canaries(client: Any, release: Release, run: RunManifest) -> Finding:
             return Finding(
                 "canary", False, f"its rows are of {iso(row.encoded_at_us)}: run {run.run_id} is not sent to the end"
             )
-        difference = _canary_difference(release, canary, row)
-        if not difference <= canary.tolerance:
-            detail = f"canary {canary.user_id} is off by {difference:.2g} (tolerance {canary.tolerance:g})"
-            return Finding("canary", False, detail, may_be_forced=False)
-        worst = max(worst, difference)
+        for difference, tolerance in _canary_differences(release, canary, row):
+            if not difference <= tolerance:
+                detail = f"canary {canary.user_id} is off by {difference:.2g} (tolerance {tolerance:.3g})"
+                return Finding("canary", False, detail, may_be_forced=False)
+            worst = max(worst, difference)
     return Finding("canary", True, f"{len(known)} reserved users as expected, off by at most {worst:.1g}")
 
 
-def _canary_difference(release: Release, canary: Canary, row: layout.StateRow) -> float:
+def _canary_differences(release: Release, canary: Canary, row: layout.StateRow) -> Iterator[tuple[float, float]]:
+    """(largest |difference|, what is allowed) of the stored state, then of the embedding made of it."""
     difference = canary.state_difference(row.state)
-    if row.state_version != release.manifest.state_version or not np.isfinite(difference):
-        return float("inf")
+    if row.state_version != release.manifest.state_version:
+        difference = float("inf")
+    yield difference, canary.state_tolerance
     context = canary.context_at(row.history_until_us)
     embedding_E = release.embed(row.state[None].copy(), [context], [row.history_until_us])[0]
-    return max(difference, canary.embedding_difference(embedding_E))
+    yield canary.embedding_difference(embedding_E), canary.embedding_tolerance
 
 
 def _items(registry: Registry, release: Release) -> Finding:

@@ -19,6 +19,7 @@ from model.dataset import DatasetDescription
 from model.errors import ConfigError, DataError
 from model.event_log import event_schema
 from model.release import library_versions
+from model.state_codec import StateCodec
 from pipelines.faults import Fault
 from pipelines.io import Folder, json_bytes, read_parquet
 
@@ -200,6 +201,8 @@ class RunPlan:
     """Path of each source_file number, for dead letters."""
     description: DatasetDescription
     history_limit: int
+    codec: StateCodec | None
+    """How states are stored; None: as lists of float32."""
     redis_url: str | None
     """None: nothing is published."""
     rows_per_s: float | None

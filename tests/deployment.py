@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 
 from model.config import TowerConfig
 from model.dataset import load_description
@@ -54,7 +55,9 @@ class Deployment:
 
 
 @contextmanager
-def deploy(folder: Path, data: Path, redis_url: str, *, description_path: str) -> Iterator[Deployment]:
+def deploy(
+    folder: Path, data: Path, redis_url: str, *, description_path: str, config: TowerConfig = CONFIG
+) -> Iterator[Deployment]:
     """Build an untrained release of a data set, run the daily job into `folder` and Redis, serve until the exit."""
     description = load_description(description_path)
     events_path = data / "events.parquet" if (data / "events.parquet").exists() else data / "events"
@@ -63,7 +66,7 @@ def deploy(folder: Path, data: Path, redis_url: str, *, description_path: str) -
     users = read_users(str(data / "users.parquet"), description) if description.user_columns else None
     items = items.select(["item_id", *description.item_columns])
     torch.manual_seed(7)
-    tower = HybridTower.build(CONFIG, description, build_vocabularies(description, events, users), items).eval()
+    tower = HybridTower.build(config, description, build_vocabularies(description, events, users), items).eval()
     registry = Registry(folder / "registry")
     manifest = registry.write(tower, items, trained_until_us=pc.max(events["timestamp_us"]).as_py())
     states = folder / "states"
@@ -102,6 +105,11 @@ def contexts_of(deployment: Deployment, user_ids: list[Id], table: pa.Table, off
 
 def largest_difference(deployment: Deployment, count: int) -> float:
     """Largest |difference| between embeddings by gRPC and the undivided model in this process."""
+    return float(differences(deployment, count).max())
+
+
+def differences(deployment: Deployment, count: int) -> NDArray[np.float32]:
+    """The same by user: f32 [count]."""
     user_ids, table, offsets = deployment.histories(count)
     contexts = contexts_of(deployment, user_ids, table, offsets)
     wanted = deployment.tower.embed(table, offsets, contexts)
@@ -114,4 +122,5 @@ def largest_difference(deployment: Deployment, count: int) -> float:
     for one, row in zip(replies, batch, strict=False):
         assert isinstance(row, Embedding)
         assert np.abs(one.vector - row.vector).max() < 1e-6
-    return float(np.abs(np.stack([reply.vector for reply in replies]) - wanted).max())
+    found: NDArray[np.float32] = np.abs(np.stack([reply.vector for reply in replies]) - wanted).max(1)
+    return found

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,21 +20,25 @@ import torch
 from deploy.redis_server import start_redis
 from feature_repo.environment import feast_environment
 from feature_repo.layout import fence_field, redis_key, view_name
+from model.canary import CODEC_TOLERANCE
 from model.generator import GeneratorSettings, generate
 from model.records import Context, Event
 from model.training.data import EventArrays
 from online.client import Embedding
-from tests.deployment import CONFIG, ML_1M, Deployment, contexts_of, deploy, largest_difference
+from tests.deployment import CONFIG, ML_1M, Deployment, contexts_of, deploy, differences, largest_difference
+
+CODECS = [{}, {"storage_codec": "float16"}, {"storage_codec": "int8", "state_tokens": 2}]
 
 
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+@pytest.fixture(scope="module", params=CODECS, ids=["float32", "float16", "int8 of 2 tokens"])
+def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    config = replace(CONFIG, **request.param)
     folder = tmp_path_factory.mktemp("generated")
     generate(GeneratorSettings(users=300, items=200, days=5, events=12_000, seed=3), folder / "data")
     description_path = str(folder / "data/dataset.yaml")
     with (
         start_redis(folder / "redis") as server,  # of its own: whole hashes are compared
-        deploy(folder, folder / "data", server.url, description_path=description_path) as deployment,
+        deploy(folder, folder / "data", server.url, description_path=description_path, config=config) as deployment,
     ):
         yield deployment
 
@@ -123,7 +128,11 @@ def check_contexts(deployment: Deployment, count: int) -> None:
 
 
 def test_the_split_pipeline_equals_the_undivided_model(generated: Deployment) -> None:
-    assert largest_difference(generated, 200) < 1e-5
+    found = differences(generated, 200)
+    # Batches of another size move a number by 1e-7: near the middle between two steps of a codec, it rounds the other
+    # way, and the user's embedding moves with it.
+    assert (found < 1e-5).mean() >= (1.0 if generated.manifest.storage_codec == "float32" else 0.95)
+    assert found.max() < 1e-5 + CODEC_TOLERANCE[generated.manifest.storage_codec]
 
 
 def test_all_paths_see_the_same_features(generated: Deployment) -> None:

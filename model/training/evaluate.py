@@ -28,6 +28,7 @@ from model.errors import CheckpointError, ConfigError, DataError, TowerError
 from model.event_log import read_items, read_log, read_users
 from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue
 from model.release import Registry, Release
+from model.state_codec import StateCodec, as_stored
 from model.training.data import (
     EventArrays,
     Ints,
@@ -74,14 +75,18 @@ def encode_requests(
 ) -> tuple[torch.Tensor, Ints]:
     """The states that requests need, each once: f32 [Q, D] on the encoder's device, and the row of each request.
 
+    They are as serving reads them: rounded by the codec of the encoder's config.
+
     target_B, cut_B: as in embed_requests. The row is -1 for a cold start.
     """
     device = encoder.norm.weight.device
     cold_B = cut_B < events.offsets[events.user_T[target_B]]
     distinct_Q, state_of_B = np.unique(cut_B[~cold_B], return_inverse=True)
-    state_QD = torch.empty(len(distinct_Q), encoder.config.d_model, device=device)
+    state_QD = torch.empty(len(distinct_Q), encoder.config.state_width, device=device)
     for index, histories in history_batches(distinct_Q, events, encoder.config.history_limit, 4 * batch):
         state_QD[torch.from_numpy(index).to(device)] = encoder.states(histories.to(device))
+    if (codec := StateCodec.of(encoder.config)) is not None:
+        state_QD = torch.from_numpy(as_stored(codec, state_QD.cpu().numpy())).to(device)
     row_B = np.full(len(target_B), -1)
     row_B[~cold_B] = state_of_B
     return state_QD, row_B

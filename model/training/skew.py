@@ -98,7 +98,7 @@ def skew_study(
     The rest is as in evaluate_quality. Raises DataError or ConfigError.
     """
     kind = _kind([release.manifest for release in releases])
-    for name in ("d_model", "embedding_dim"):
+    for name in ("d_model", "state_tokens", "embedding_dim"):
         widths = {getattr(release.config, name) for release in releases}
         if len(widths) > 1:
             raise ConfigError(f"parts can be mixed only where {name} is equal, got {sorted(widths)}")

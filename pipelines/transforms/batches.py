@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from model.state_codec import StateCodec, as_stored
 from pipelines.transforms.merge_tail import Histories, Index
 
 PADDING_WASTE = 1.15
@@ -64,11 +65,18 @@ def plan_batches(
     return batches
 
 
-def encode_users(histories: Histories, active: Index, encode: Encode, max_tokens: int, width: int) -> Encoded:
+def encode_users(
+    histories: Histories,
+    active: Index,
+    encode: Encode,
+    max_tokens: int,
+    width: int,
+    codec: StateCodec | None = None,
+) -> Encoded:
     """States of the active users. One poison user costs its batch a few more calls, never its neighbours' states.
 
     active: ranks of users in `histories`. width: D. A call that fails is halved until single users are left that
-    fail alone: they are dead, with the error as detail; so are users whose state is not finite.
+    fail alone: they are dead, with the error as detail; so are users whose state is not finite once stored.
     """
     lengths = histories.offsets[active + 1] - histories.offsets[active]
     batches = plan_batches(lengths, max_tokens)
@@ -88,12 +96,9 @@ def encode_users(histories: Histories, active: Index, encode: Encode, max_tokens
             if states is None:
                 dead.append(Dead(int(active[users[0]]), "poison", _describe(error)))
                 continue
-            finite = np.isfinite(states).all(axis=1)
+            finite = np.isfinite(as_stored(codec, states)).all(axis=1)
             state_AD[users], alive[users] = states, finite
-            dead.extend(
-                Dead(user, "non_finite_state", "the state holds NaN or infinity")
-                for user in active[users[~finite]].tolist()
-            )
+            dead.extend(Dead(user, "non_finite_state", _non_finite(codec)) for user in active[users[~finite]].tolist())
     return Encoded(active[alive], state_AD[alive], sorted(dead, key=lambda d: d.user))
 
 
@@ -117,6 +122,10 @@ def _bisected(
         else:
             done.append((part, states, None))
     return done
+
+
+def _non_finite(codec: StateCodec | None) -> str:
+    return "the state holds NaN or infinity" + ("" if codec is None else f" once stored as {codec.name}")
 
 
 def _describe(error: Exception | None) -> str:

@@ -18,6 +18,7 @@ from model.canary import encode_canaries
 from model.errors import CheckpointError, GoldenMismatch
 from model.event_log import REJECT_SCHEMA, concat_rejects, make_rejects
 from model.release import Registry, Release
+from model.state_codec import StateCodec
 from pipelines import faults
 from pipelines.io import from_chunks, parquet_bytes
 from pipelines.runs import CANARIES, RunPlan, file_name
@@ -47,7 +48,7 @@ def encode_shard(
     """
     histories = merge_tail(tail, events, plan.history_limit)
     active = np.flatnonzero(histories.changed_U)
-    encoded = encode_users(histories, active, encode, plan.batch_tokens, width)
+    encoded = encode_users(histories, active, encode, plan.batch_tokens, width, plan.codec)
     dead_letters = _dead_letters(histories, encoded, rejects, plan)
     counts = {
         "events": len(events),
@@ -73,20 +74,28 @@ def _state_table(
     user_ids: pa.Array, state_AD: NDArray[np.float32], until_us: pa.Array | pa.ChunkedArray, plan: RunPlan
 ) -> pa.Table:
     """Rows of a states file. user_ids: [A]. state_AD: f32 [A, D]. until_us: time of each user's last event."""
-    rows, width = state_AD.shape
+    rows = len(state_AD)
     as_of = np.full(rows, plan.as_of_us)
     return pa.table(
         {
             "user_id": user_ids,
-            "state": pa.ListArray.from_arrays(
-                pa.array(np.arange(rows + 1, dtype=np.int32) * np.int32(width)), pa.array(state_AD.reshape(-1))
-            ),
+            "state": _stored(state_AD, plan.codec),
             "state_version": pa.array([plan.store.state_version] * rows, pa.string()),
             "history_until": until_us,
             "encoded_at": pa.array(as_of),
             "event_timestamp": pa.array(as_of, pa.timestamp("us", "UTC")),
         }
     )
+
+
+def _stored(state_AD: NDArray[np.float32], codec: StateCodec | None) -> pa.Array:
+    """The bytes that go to Redis: list<float32>, or by a codec, binary."""
+    values = state_AD if codec is None else codec.encode(state_AD)
+    rows, width = values.shape
+    offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * np.int32(width))
+    if codec is None:
+        return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
+    return pa.BinaryArray.from_buffers(pa.binary(), rows, [None, offsets.buffers()[1], pa.py_buffer(values.tobytes())])
 
 
 def _dead_letters(histories: Histories, encoded: Encoded, rejects: pa.Table, plan: RunPlan) -> pa.Table:
@@ -153,7 +162,7 @@ class EncodeShard(beam.DoFn):
         tail = empty_tail(plan.chunk_schema)
         if plan.previous_run is not None:
             tail = plan.store.tails(plan.previous_run, shard).cast(tail.schema)
-        tables = encode_shard(events, rejects, tail, release.encode, width=release.config.d_model, plan=plan)
+        tables = encode_shard(events, rejects, tail, release.encode, width=release.config.state_width, plan=plan)
         if tables.counts.get("dead.poison"):
             _check_still_sound(release)
         written = {file_name(kind, shard): getattr(tables, kind) for kind in ("states", "tails", "dead_letters")}

@@ -4,7 +4,7 @@ A row is written where (as-of seconds, fencing token) is at least what stands th
 run and a clock behind all lose, and a repeated write changes nothing. The comparison and the write are one step on the
 server, a Lua script that takes many rows a call. A row written by stock Feast carries no fence and counts as token 0.
 
-Legend: U users, D state width.
+Legend: U users, D state width, B bytes of a state that a codec made.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from redis.retry import Retry
 
 from feature_repo import layout
 from model.errors import ConfigError, DataError, StoreUnavailable
+from model.state_codec import StateCodec
 
 BATCH_ROWS: Final = 1000
 """Rows a round trip."""
@@ -198,6 +199,7 @@ def publish_table(
     state_version: str,
     token: int,
     *,
+    codec: StateCodec | None = None,
     now_s: float | None = None,
     project: str = layout.PROJECT,
     batch_rows: int = BATCH_ROWS,
@@ -205,10 +207,11 @@ def publish_table(
 ) -> PublishCounts:
     """Writes the rows of a states table that are not older than what stands in Redis.
 
-    table: columns user_id (int64 or string), state (list<float32>[D]), state_version (string), history_until (int64
-    us), encoded_at (int64 us), event_timestamp (timestamp, whole seconds).  state_version: what every row must carry.
-    token: the run's fencing token, 0 or more.  now_s: the clock in seconds; None reads it.  pace: holds the rows a
-    second down; None sends as fast as Redis takes them.
+    table: columns user_id (int64 or string), state (list<float32>[D], or binary where there is a codec), state_version
+    (string), history_until (int64 us), encoded_at (int64 us), event_timestamp (timestamp, whole seconds).
+    state_version: what every row must carry.  token: the run's fencing token, 0 or more.  codec: that of the state
+    version.  now_s: the clock in seconds; None reads it.  pace: holds the rows a second down; None sends as fast as
+    Redis takes them.
     A repeated or interrupted publish may be repeated: equal (as-of, token) writes the same bytes again.
     Raises DataError for a table that is not of this kind (nothing is written), ConfigError where the as-of time lies in
     the future by Redis's clock (nothing of that time is written), StoreUnavailable where Redis does not answer or
@@ -216,7 +219,7 @@ def publish_table(
     """
     if not 0 <= token <= MAX_TOKEN:
         raise DataError(f"token must be in [0, 2**53), got {token}")
-    rows = _Rows.from_table(table, state_version)
+    rows = _Rows.from_table(table, state_version, codec)
     keep = rows.publishable(time.time() if now_s is None else now_s)
     counts = PublishCounts(rejected=len(keep) - int(keep.sum()))
     if not keep.any():
@@ -232,13 +235,15 @@ class _Rows:
     """The checked columns of a states table."""
 
     user_ids: NDArray[np.int64] | list[str]
-    state_UD: NDArray[np.float32]
+    stored: NDArray[Any]
+    """f32 [U, D]; the bytes of a codec: u8 [U, B]."""
+    finite_U: NDArray[np.bool_]
     history_until_us: NDArray[np.int64]
     encoded_at_us: NDArray[np.int64]
     as_of_s: NDArray[np.int64]
 
     @classmethod
-    def from_table(cls, table: pa.Table, state_version: str) -> "_Rows":
+    def from_table(cls, table: pa.Table, state_version: str, codec: StateCodec | None) -> "_Rows":
         columns = {}
         for name in ("user_id", *layout.FEATURES, "event_timestamp"):
             if name not in table.column_names:
@@ -261,9 +266,11 @@ class _Rows:
             user_ids = columns["user_id"].to_pylist()
         else:
             raise DataError(f"states: user_id must be int64 or string, got {user_id_type}")
+        stored, finite_U = _stored(columns["state"], codec)
         return cls(
             user_ids,
-            _state_matrix(columns["state"]),
+            stored,
+            finite_U,
             columns["history_until"].cast(pa.int64()).to_numpy(),
             columns["encoded_at"].cast(pa.int64()).to_numpy(),
             event_us // 1_000_000,
@@ -272,7 +279,7 @@ class _Rows:
     def publishable(self, now_s: float) -> NDArray[np.bool_]:
         """bool [U]: finite, not from the future, and seen nothing later than its own as-of time."""
         return (
-            np.isfinite(self.state_UD).all(axis=1)
+            self.finite_U
             & (self.as_of_s <= now_s + FUTURE_TOLERANCE_S)
             & (self.encoded_at_us <= (now_s + FUTURE_TOLERANCE_S) * 1e6)
             & (self.history_until_us <= self.encoded_at_us)
@@ -286,6 +293,20 @@ class _Rows:
         )
         for group, (as_of_s, encoded_at_us) in enumerate(times.tolist()):
             yield as_of_s, encoded_at_us, kept[which.reshape(-1) == group]
+
+
+def _stored(column: pa.Array, codec: StateCodec | None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """What goes into the field, and bool [U]: whether all its numbers are finite. Raises DataError."""
+    if codec is None:
+        state_UD = _state_matrix(column)
+        return state_UD, np.logical_and.reduce(np.isfinite(state_UD), axis=1)
+    data_UB = _byte_matrix(column, codec)
+    if not len(data_UB):
+        return data_UB, np.empty(0, np.bool_)
+    try:
+        return data_UB, np.logical_and.reduce(np.isfinite(codec.decode_rows(data_UB)), axis=1)
+    except ValueError as error:
+        raise DataError(f"states: {error}") from None
 
 
 def _state_matrix(column: pa.Array) -> NDArray[np.float32]:
@@ -303,6 +324,21 @@ def _state_matrix(column: pa.Array) -> NDArray[np.float32]:
     if len(widths) > 1:
         raise DataError(f"states: every state must have the same length, got {sorted(widths)[:5]}")
     return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(len(column), widths[0] if widths else 0)
+
+
+def _byte_matrix(column: pa.Array, codec: StateCodec) -> NDArray[np.uint8]:
+    """u8 [U, B] of a binary column. Raises DataError for values of different lengths."""
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        raise DataError(f"states: state must be binary, the bytes of {codec.name}, got {column.type}")
+    sizes = pc.unique(pc.binary_length(column)).to_pylist()
+    if len(sizes) > 1:
+        raise DataError(f"states: every state must have the same number of bytes, got {sorted(sizes)[:5]}")
+    if not sizes:
+        return np.empty((0, 0), np.uint8)
+    column = column.cast(pa.large_binary())
+    start = int(np.frombuffer(column.buffers()[1], np.int64)[column.offset])
+    data = np.frombuffer(column.buffers()[2] or b"", np.uint8)[start : start + len(column) * sizes[0]]
+    return data.reshape(len(column), sizes[0])
 
 
 def _publish(
@@ -336,7 +372,8 @@ def _publish(
                 ids[batch] if isinstance(ids, np.ndarray) else [ids[row] for row in batch], project
             )
             values: list[bytes] = [b""] * (2 * len(batch))
-            values[::2] = layout.encode_states(rows.state_UD[batch])
+            encode = layout.encode_states if rows.stored.dtype == np.float32 else layout.encode_blobs
+            values[::2] = encode(rows.stored[batch])
             values[1::2] = layout.encode_int64s(rows.history_until_us[batch].tolist())
             if pace is not None:
                 pace.wait_for(len(batch))

@@ -40,19 +40,19 @@ def publish_runs(plan: RunPlan) -> None:
 def _publish_run(client: Any, plan: RunPlan, run_id: str, pace: Any) -> dict[str, int]:
     from pipelines.transforms.publish import publish_table
 
-    store = plan.store
+    store, codec = plan.store, plan.codec
     counts: Counter[str] = Counter(written=0, stale=0, rejected=0)
     manifest = store.manifest(run_id)
     done, before = store.publish_progress(run_id)
     counts.update(before)
     for shard in _progress(range(done, manifest.shards), run_id, manifest.shards):
         states = read_parquet(store.run(run_id), file_name("states", shard))
-        counts.update(asdict(publish_table(client, states, store.state_version, plan.token, pace=pace)))
+        counts.update(asdict(publish_table(client, states, store.state_version, plan.token, codec=codec, pace=pace)))
         store.note_progress(run_id, shard + 1, counts)
         if len(states):
             plan.fault.reach(faults.MID_PUBLISH)
     if CANARIES in manifest.files:  # last: who sees a run's canaries knows that all its rows were sent
-        publish_table(client, read_parquet(store.run(run_id), CANARIES), store.state_version, plan.token)
+        publish_table(client, read_parquet(store.run(run_id), CANARIES), store.state_version, plan.token, codec=codec)
     for name, count in counts.items():
         Metrics.counter("tower_encode", f"published.{name}").inc(count)
     return dict(counts)

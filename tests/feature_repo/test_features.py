@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from deploy.redis_server import start_redis
 from feature_repo import layout
 from feature_repo.environment import feast_environment
 from feature_repo.layout import StateRow
+from model.state_codec import StateCodec, as_stored
 from pipelines.transforms.publish import PublishCounts, connect, publish_table
 from tests.feature_repo.test_releases import write_pointer, write_release
 
 REPOSITORY = Path(__file__).parents[2]
 SERVING, NEXT = "a" * 16, "b" * 16  # state versions; the second has no run yet
+CODECS = {"c" * 16: StateCodec("float16"), "d" * 16: StateCodec("int8", tokens=2)}  # by state version
 VIEW = layout.view_name(SERVING)
 DAY_1_S, DAY_2_S = 1_507_950_000, 1_508_036_400  # 2017-10-14 and 15, 03:00
 
@@ -36,24 +38,27 @@ def state_of(user_id: int | str, as_of_s: int) -> np.ndarray[Any, np.dtype[np.fl
     return np.array([number / 3, -0.0, 1e-42, as_of_s % 97], np.float32)
 
 
-def row_of(user_id: int | str, as_of_s: int) -> StateRow:
+def row_of(user_id: int | str, as_of_s: int, version: str = SERVING) -> StateRow:
     return StateRow(
         state=state_of(user_id, as_of_s),
-        state_version=SERVING,
+        state_version=version,
         history_until_us=as_of_s * 1_000_000 - 7,
         encoded_at_us=as_of_s * 1_000_000,
         event_timestamp_s=as_of_s,
     )
 
 
-def make_table(user_ids: list[Any], as_of_s: int) -> pa.Table:
-    users = len(user_ids)
+def make_table(user_ids: list[Any], as_of_s: int, version: str = SERVING) -> pa.Table:
+    users, codec = len(user_ids), CODECS.get(version)
+    states = [state_of(user, as_of_s) for user in user_ids]
     as_of_us = pa.array([as_of_s * 1_000_000] * users, pa.int64())
     return pa.table(
         {
             "user_id": pa.array(user_ids, pa.string() if user_ids and isinstance(user_ids[0], str) else pa.int64()),
-            "state": pa.array([list(state_of(user, as_of_s)) for user in user_ids], pa.list_(pa.float32())),
-            "state_version": pa.array([SERVING] * users, pa.string()),
+            "state": pa.array([list(state) for state in states], pa.list_(pa.float32()))
+            if codec is None
+            else pa.array([codec.encode(state[None]).tobytes() for state in states], pa.binary()),
+            "state_version": pa.array([version] * users, pa.string()),
             "history_until": pa.array([as_of_s * 1_000_000 - 7] * users, pa.int64()),
             "encoded_at": as_of_us,
             "event_timestamp": as_of_us.cast(pa.timestamp("us", "UTC")),
@@ -61,11 +66,18 @@ def make_table(user_ids: list[Any], as_of_s: int) -> pa.Table:
     )
 
 
-def commit_run(states: Path, run_id: str, as_of_s: int, shards: list[list[Any]], stage: str = "runs") -> None:
-    folder = states / SERVING / stage / run_id / "states"
+def commit_run(
+    states: Path,
+    run_id: str,
+    as_of_s: int,
+    shards: list[list[Any]],
+    stage: str = "runs",
+    version: str = SERVING,
+) -> None:
+    folder = states / version / stage / run_id / "states"
     folder.mkdir(parents=True)
     for shard, user_ids in enumerate(shards):
-        pq.write_table(make_table(user_ids, as_of_s), folder / f"shard-{shard:05d}.parquet")
+        pq.write_table(make_table(user_ids, as_of_s, version), folder / f"shard-{shard:05d}.parquet")
 
 
 READ = """
@@ -81,7 +93,14 @@ answer = {
     "views": sorted(view.name for view in store.list_feature_views()),
     "service": [projection.name for projection in service.feature_view_projections],
     "online": store.get_online_features(service, [{"user_id": user} for user in asked["users"]]).to_dict(),
+    "types": {view.name: str(view.features[0].dtype) for view in store.list_feature_views()},
+    "blobs": {},
 }
+for view in asked["byte_views"]:
+    fields = [f"{view}:{name}" for name in ("state", "state_version", "history_until", "encoded_at")]
+    found = store.get_online_features(fields, [{"user_id": user} for user in asked["byte_users"]]).to_dict()
+    found["state"] = [None if state is None else state.hex() for state in found["state"]]
+    answer["blobs"][view] = found
 
 # String ids: a registry, a Feast registry and a Redis database of their own.
 made = features.define(asked["string_registry"], asked["string_states"])
@@ -117,6 +136,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     registry, states = folder / "registry", folder / "states"
     write_release(registry, "r1", SERVING)
     write_release(registry, "r2", NEXT)
+    for version, codec in CODECS.items():
+        config = {"d_model": 4 // codec.tokens, "state_tokens": codec.tokens, "storage_codec": codec.name}
+        write_release(registry, f"r3{codec.name}", version, config=config)
     write_pointer(registry, "r1")
     states.mkdir()
     with start_redis(folder / "redis") as server, connect(server.url) as client:
@@ -140,6 +162,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
         feast("apply", "apply")  # before any run
         commit_run(states, "20171014T030000Z", DAY_1_S, [[1, 2], [], [3, -4]])
+        for version in CODECS:
+            commit_run(states, "20171014T030000Z", DAY_1_S, [[21, 22], []], version=version)
         feast("incremental", "materialize-incremental", "2017-10-14T12:00:00")
         incremental = {user: client.hgetall(layout.redis_key(user)) for user in (1, 2, 3, -4, 7)}
 
@@ -147,12 +171,16 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         commit_run(states, "20171015T040000Z", DAY_2_S + 3600, [[1, 2, 3]], stage="staging")
         feast("materialize", "materialize", "2017-10-14T00:00:00", "2017-10-16T00:00:00")
         published = publish_table(client, make_table([3, 100, -101], DAY_2_S), SERVING, 5)
+        for version, codec in CODECS.items():
+            published += publish_table(client, make_table([22, 23], DAY_2_S, version), version, 5, codec=codec)
 
         write_release(folder / "strings", "s1", SERVING, description={"user_id_type": "string"})
         commit_run(folder / "string_states", "20171014T030000Z", DAY_1_S, [["", "ž"], ["7"]])
         question = {
             "users": [1, 2, 3, -4, 7, 100, -101, 999],
             "strings": ["", "ž", "7"],
+            "byte_views": [layout.view_name(version) for version in CODECS],
+            "byte_users": [21, 22, 23, 1],
             "string_registry": str(folder / "strings"),
             "string_states": str(folder / "string_states"),
             "string_feast_registry": f"sqlite:///{folder / 'strings.db'}",
@@ -180,7 +208,9 @@ def stored(stage: Stage, user_id: int) -> dict[bytes, bytes]:
 def test_apply_works_before_any_run(stage: Stage) -> None:
     check(stage, "apply")
     check(stage, "read")
-    assert stage.answer["views"] == [layout.view_name(SERVING), layout.view_name(NEXT)]
+    assert stage.answer["views"] == [layout.view_name(version) for version in (SERVING, NEXT, *CODECS)]
+    types = dict.fromkeys((SERVING, NEXT), "Array(Float32)") | dict.fromkeys(CODECS, "Bytes")
+    assert stage.answer["types"] == {layout.view_name(version): name for version, name in types.items()}
     assert stage.answer["service"] == [VIEW]
 
 
@@ -200,7 +230,7 @@ def test_materialize_takes_the_latest_committed_run(stage: Stage) -> None:
 
 
 def test_stock_feast_reads_what_we_published(stage: Stage) -> None:
-    assert stage.published == PublishCounts(written=3)
+    assert stage.published == PublishCounts(written=3 + 2 * len(CODECS))
     check(stage, "read")
     online = stage.answer["online"]
     expected = {1: DAY_1_S, 2: DAY_2_S, 3: DAY_2_S, -4: DAY_1_S, 7: DAY_2_S, 100: DAY_2_S, -101: DAY_2_S}
@@ -213,6 +243,24 @@ def test_stock_feast_reads_what_we_published(stage: Stage) -> None:
         assert online["state_version"][place] == SERVING
         assert online["history_until"][place] == row.history_until_us
         assert online["encoded_at"][place] == row.encoded_at_us
+
+
+@pytest.mark.parametrize("version", CODECS)
+def test_states_by_a_codec_are_the_same_bytes_both_ways(stage: Stage, version: str) -> None:
+    """21 was materialized by Feast, 22 by Feast and then by us, 23 by us; 1 has no such state."""
+    check(stage, "read")
+    codec, view = CODECS[version], layout.view_name(version)
+    online = stage.answer["blobs"][view]
+    assert online["state"][3] is None
+    for place, (user, as_of_s) in enumerate({21: DAY_1_S, 22: DAY_2_S, 23: DAY_2_S}.items()):
+        row = row_of(user, as_of_s, version)
+        fields = layout.encode_row(row, view, codec)
+        kept = stored(stage, user)
+        assert {field: kept[field] for field in fields} == fields
+        found = layout.decode_row([kept[field] for field in layout.row_fields(view)], codec)
+        assert found == replace(row, state=as_stored(codec, row.state[None])[0])
+        assert bytes.fromhex(online["state"][place]) == codec.encode(row.state[None]).tobytes()
+        assert online["history_until"][place] == row.history_until_us
 
 
 def test_string_ids(stage: Stage) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from feature_repo import layout
 from feature_repo.layout import LayoutError, StateRow
+from model.state_codec import StateCodec
 
 VERSION = "0123456789abcdef"
 VIEW = layout.view_name(VERSION)
@@ -118,6 +119,40 @@ def test_every_truncation_is_refused(index: int, width: int) -> None:
             layout.decode_row(torn)
 
 
+@pytest.mark.parametrize("codec", [StateCodec("float16"), StateCodec("int8"), StateCodec("int8", tokens=4)])
+def test_a_state_of_a_codec(codec: StateCodec) -> None:
+    row = make_row(np.linspace(-2, 3, 128))
+    values = [*layout.encode_row(row, VIEW, codec).values()]
+    stored = codec.encode(row.state[None]).tobytes()
+    assert values[0] == b"\x0a" + layout._varint(len(stored)) + stored  # field 1 of feast.types.Value
+    found = layout.decode_row(values, codec)
+    assert found == replace(row, state=codec.decode(stored))
+    for length in (0, 1, 2, 3, len(values[0]) // 2, len(values[0]) - 1):
+        with pytest.raises(LayoutError, match="state"):
+            layout.decode_row([values[0][:length], *values[1:]], codec)
+    with pytest.raises(LayoutError, match=r"wanted .* bytes"):
+        layout.decode_row([values[0] + b"\0", *values[1:]], codec)
+    with pytest.raises(LayoutError, match="state: wanted bytes"):  # a list of float32
+        layout.decode_row(values_of(row), codec)
+    with pytest.raises(LayoutError, match="state: wanted a list of float32"):
+        layout.decode_row(values)
+    odd = layout.encode_blobs(np.zeros((1, 3), np.uint8))[0]
+    with pytest.raises(LayoutError, match=r"state: .* got 3 bytes"):
+        layout.decode_row([odd, *values[1:]], codec)
+
+
+@given(st.binary(max_size=12))
+@settings(max_examples=200)
+def test_any_bytes_of_a_codec_decode_or_raise_layout_error(data: bytes) -> None:
+    values = values_of(make_row())
+    for codec in (StateCodec("float16"), StateCodec("int8"), StateCodec("int8", tokens=2)):
+        with contextlib.suppress(LayoutError):
+            assert isinstance(layout.decode_row([data, *values[1:]], codec), StateRow)
+        blob = layout.encode_blobs(np.frombuffer(data, np.uint8)[None])[0]
+        with contextlib.suppress(LayoutError):
+            assert isinstance(layout.decode_row([blob, *values[1:]], codec), StateRow)
+
+
 @pytest.mark.parametrize("index", range(layout.ROW_LENGTH))
 def test_trailing_bytes_are_refused(index: int) -> None:
     values = values_of(make_row())
@@ -212,6 +247,7 @@ answers = {
     "keys": [key(i) for i in asked["ids"]],
     "fields": [_mmh3(f) for f in asked["fields"]],
     "states": [state(bits) for bits in asked["states"]],
+    "blobs": [Value(bytes_val=base64.b64decode(b)).SerializeToString() for b in asked["blobs"]],
     "strings": [Value(string_val=s).SerializeToString() for s in asked["strings"]],
     "ints": [Value(int64_val=i).SerializeToString() for i in asked["ints"]],
     "timestamps": [timestamp(i) for i in asked["timestamps"]],
@@ -225,6 +261,7 @@ def test_bytes_equal_feasts_own() -> None:
     ids = [*IDS, *(int(i) for i in rng.integers(-(2**63), 2**63, 200, dtype=np.int64)), "x" * 300]
     states = [rng.normal(size=width).astype(np.float32) for width in (0, 1, 31, 32, 64, 256, 4097)]
     states += [np.array([0.0, -0.0, 1e-45, np.inf, -np.inf, np.nan, 3.4e38], np.float32)]
+    blobs = [rng.bytes(size) for size in (0, 1, 68, 127, 128, 20_000)]
     ints = [0, 1, -1, 127, 128, 2**31, 2**63 - 1, -(2**63), 1_507_950_000_000_000]
     timestamps = [0, 1, 127, 128, 1_507_950_000, 4_000_000_000, -1, -86_400]
     views = [layout.view_name(version) for version in (VERSION, "", "ffffffffffffffff")]
@@ -234,6 +271,7 @@ def test_bytes_equal_feasts_own() -> None:
         "ids": ids,
         "fields": [f"{view}:{feature}" for view, feature in pairs],
         "states": [state.view(np.uint32).tolist() for state in states],
+        "blobs": [base64.b64encode(blob).decode() for blob in blobs],
         "strings": strings,
         "ints": ints,
         "timestamps": timestamps,
@@ -246,6 +284,7 @@ def test_bytes_equal_feasts_own() -> None:
     assert feasts["keys"] == [layout.redis_key(i) for i in ids]
     assert feasts["fields"] == [layout.field_name(view, feature) for view, feature in pairs]
     assert feasts["states"] == [layout.encode_state(state) for state in states]
+    assert feasts["blobs"] == [layout.encode_blobs(np.frombuffer(blob, np.uint8)[None])[0] for blob in blobs]
     assert feasts["strings"] == [layout.encode_string(s) for s in strings]
     assert feasts["ints"] == [layout.encode_int64(i) for i in ints]
     assert feasts["timestamps"] == [layout.encode_timestamp(i) for i in timestamps]

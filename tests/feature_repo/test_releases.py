@@ -15,7 +15,7 @@ def write_release(registry: Path, release_id: str, state_version: str = "a" * 16
     manifest = {
         "release_id": release_id,
         "state_version": state_version,
-        "config": {"d_model": 4},
+        "config": {"d_model": 4, "storage_codec": "float32"},
         "description": {"user_id_type": "int64"},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
@@ -31,10 +31,15 @@ def test_releases_are_read_oldest_first(tmp_path: Path) -> None:
     write_release(tmp_path, "r1")
     (tmp_path / "releases" / ".staging-r3").mkdir()
     assert read_releases(str(tmp_path)) == [
-        StoredRelease("r1", "a" * 16, "int64", 4),
-        StoredRelease("r2", "b" * 16, "int64", 4),
+        StoredRelease("r1", "a" * 16, "int64", 4, "float32"),
+        StoredRelease("r2", "b" * 16, "int64", 4, "float32"),
     ]
     assert read_releases(f"file://{tmp_path}/") == read_releases(str(tmp_path))
+
+
+def test_how_states_are_stored(tmp_path: Path) -> None:
+    write_release(tmp_path, "r1", config={"d_model": 4, "state_tokens": 3, "storage_codec": "int8"})
+    assert read_releases(str(tmp_path)) == [StoredRelease("r1", "a" * 16, "int64", 12, "int8")]
 
 
 def test_the_serving_release_else_the_latest(tmp_path: Path) -> None:
@@ -79,5 +84,5 @@ def test_the_registry_that_the_models_write_is_readable(tmp_path: Path) -> None:
     from model.dataset import DatasetDescription
 
     # The entries this package reads by name exist in the records that the registry writes.
-    assert "d_model" in TowerConfig().to_dict()
+    assert {"d_model", "state_tokens", "storage_codec"} <= set(TowerConfig().to_dict())
     assert "user_id_type" in DatasetDescription.__annotations__

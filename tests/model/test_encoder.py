@@ -9,6 +9,7 @@ import torch
 
 from model.encoder import (
     Encoder,
+    LatentTokens,
     Packing,
     RelativeBias,
     packed_causal_attention,
@@ -24,6 +25,7 @@ KINDS = {
     "softmax, relative": replace(SMALL, relative_bias=True),
     "pointwise": replace(SMALL, attention="pointwise"),
     "pointwise, relative": replace(SMALL, attention="pointwise", relative_bias=True),
+    "three tokens": replace(SMALL, state_tokens=3),
 }
 
 
@@ -139,11 +141,49 @@ def test_a_history_has_one_state_whatever_its_company(encoder: Encoder) -> None:
 
 def test_the_encoder_is_causal(encoder: Encoder) -> None:
     features = make_features([10])
-    before = encoder(features)
+    before = encoder(features).unflatten(-1, (encoder.config.state_tokens, -1))
     features.item_T[6] = (features.item_T[6] + 1) % 50
-    after = encoder(features)
+    after = encoder(features).unflatten(-1, (encoder.config.state_tokens, -1))
     assert torch.equal(before[:6], after[:6])
     assert ((before[6:] - after[6:]).abs().amax(-1) > 1e-4).all()
+
+
+def test_the_state_at_a_cut_is_that_of_the_history_up_to_it(encoder: Encoder) -> None:
+    """Training reads states of many cuts from one pass; serving encodes the history up to the cut alone."""
+    whole = make_features([9, 4])
+    whole.gap_T[0] = 0  # no event before the first
+    at_every_event = encoder(whole)
+    assert at_every_event.shape == (13, encoder.config.state_tokens * 16)
+    for end in (1, 5, 9):
+        cut = encoder.states(whole.window(torch.tensor([0]), torch.tensor([end])))
+        assert (at_every_event[end - 1] - cut[0]).abs().max() < 1e-5
+
+
+def test_the_first_token_is_the_hidden_state_and_the_others_differ() -> None:
+    encoder = make_tower(config=replace(SMALL, state_tokens=3))[0].encoder
+    features = make_features([9])
+    token_TmD = encoder(features).unflatten(-1, (3, -1))
+    assert torch.equal(token_TmD[:, 0], encoder.with_keys_and_values(features)[0])
+    for one, other in itertools.combinations(range(3), 2):
+        assert (token_TmD[-1, one] - token_TmD[-1, other]).abs().max() > 0.1
+
+
+def test_a_latent_token_reads_what_its_query_asks_for() -> None:
+    """By hand: one token, one head, no rotation by distance (positions taken away), values the hidden states."""
+    config = replace(SMALL, d_model=4, num_heads=1, state_tokens=2)
+    latents = LatentTokens(config)
+    packing = Packing.of(torch.tensor([0, 2]), 4, torch.zeros(2, dtype=torch.int64))
+    packing = replace(packing, cos_Td=torch.ones(2, 1, 2), sin_Td=torch.zeros(2, 1, 2))
+    hidden_TD = torch.tensor([[2.0, 0, 0, -2], [0, 4.0, -4, 0]])
+    with torch.no_grad():
+        latents.key_value.weight.copy_(torch.cat([torch.eye(4), torch.eye(4)]))
+        latents.key_value.bias.zero_()
+        latents.query.copy_(torch.tensor([[[np.log(3.0), 0, 0, 0]]]))
+    token_TD = latents(hidden_TD, packing)
+    # scores log 3 x 2 / sqrt(4) = log 3 and 0, so weights 3/4 and 1/4: [1.5, 1, -1, -1.5], mean 0, over its deviation
+    deviation = ((1.5**2 + 1 + 1 + 1.5**2) / 4) ** 0.5
+    assert token_TD[1].tolist() == pytest.approx([x / deviation for x in (1.5, 1, -1, -1.5)], abs=1e-4)
+    assert token_TD[0].tolist() == pytest.approx([2**0.5, 0, 0, -(2**0.5)], abs=1e-4)  # only the first event yet
 
 
 @pytest.mark.parametrize("field", ["item_T", "type_T", "gap_T", "column_TC"])

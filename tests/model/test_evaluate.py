@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +16,12 @@ from model.features import build_vocabularies
 from model.hybrid_tower import HybridTower
 from model.records import Context
 from model.release import Registry
+from model.state_codec import as_stored
 from model.training import evaluate
 from model.training.data import EventArrays
 from model.training.evaluate import (
     embed_requests,
+    encode_requests,
     evaluate_quality,
     make_test_set,
     popularity_ranks,
@@ -36,7 +39,7 @@ SMALL = TowerConfig(
 BY_TIME = {"split": "time", "test_from": "2022-01-09T00:00:00Z", "test_until": "2022-01-10T00:00:00Z"}
 
 
-def make_case(tmp_path, evaluation=BY_TIME, **changes):
+def make_case(tmp_path, evaluation=BY_TIME, config=SMALL, **changes):
     """Hours count from 2022-01-08T00:00Z; the test by time is hours 24 to 48."""
     description = make_description(
         user_columns=[], item_columns={}, event_columns=[], evaluation=evaluation, **changes
@@ -54,7 +57,7 @@ def make_case(tmp_path, evaluation=BY_TIME, **changes):
     table = make_event_table(histories, description)
     items = pa.table({"item_id": pa.array(range(1, 8), pa.int64())})
     torch.manual_seed(0)
-    tower = HybridTower.build(SMALL, description, build_vocabularies(description, table, None), items)
+    tower = HybridTower.build(config, description, build_vocabularies(description, table, None), items)
     with torch.no_grad():
         tower.head.cold_state_D.normal_()
     registry = Registry(tmp_path / "registry")
@@ -89,6 +92,18 @@ def test_an_empty_test_is_an_error(tmp_path):
     release, table, _, arrays = make_case(tmp_path, empty)
     with pytest.raises(DataError, match="no positive test event"):
         make_test_set(table, arrays, release.manifest.description, limit=None, seed=0)
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8"])
+def test_requests_see_the_states_that_are_stored(tmp_path, codec):
+    config = replace(SMALL, storage_codec=codec, state_tokens=2)
+    release, table, _, arrays = make_case(tmp_path, config=config)
+    states, row = encode_requests(release.encoder, arrays, np.array([3, 9]), np.array([2, 7]))
+    assert row.tolist() == [0, -1]
+    encoded = release.encode(table.slice(0, 3), np.array([0, 3]))
+    assert states.shape == (1, 16)
+    np.testing.assert_allclose(states.numpy(), as_stored(release.codec, encoded), atol=1e-6)
+    assert np.abs(states.numpy() - encoded).max() > 1e-5
 
 
 def test_requests_embed_as_the_release_embeds_them(tmp_path):

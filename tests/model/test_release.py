@@ -6,6 +6,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import model.features
 from model.errors import CheckpointError, ConfigError, GoldenMismatch, PointerConflict, ShapeError
 from model.records import Context, Event, SubjectItem
 from model.release import Pointer, Registry, context_from_json, context_to_json
+from model.state_codec import as_stored
 from tests.releases import SMALL, make_description, make_release, make_tower
 
 
@@ -74,6 +76,43 @@ def test_versions_follow_content(tmp_path: Path) -> None:
     assert first.embedding_version != other_weights.embedding_version
     dtype = make_release(tmp_path / "a", config=replace(SMALL, compute_dtype="bfloat16"))
     assert dtype.state_version != first.state_version
+
+
+@pytest.mark.parametrize("changes", [{"storage_codec": "float16"}, {"storage_codec": "int8"}, {"state_tokens": 2}])
+def test_a_state_version_covers_how_states_are_stored(tmp_path: Path, changes: dict[str, Any]) -> None:
+    first, other = make_release(tmp_path), make_release(tmp_path, config=replace(SMALL, **changes))
+    assert other.state_version != first.state_version
+    assert other.embedding_version != first.embedding_version
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8"])
+def test_golden_embeddings_are_made_of_stored_states(tmp_path: Path, codec: str) -> None:
+    """The undivided tower, the release and its golden outputs all see the rounded state."""
+    tower, items = make_tower(config=replace(SMALL, storage_codec=codec, state_tokens=2))
+    release = Registry(tmp_path).load(Registry(tmp_path).write(tower, items, trained_until_us=0).release_id)
+    table, offsets = histories()
+    states = release.encode(table, offsets)
+    until_us = [9_000_000, 2_000_000]
+    rounded = release.embed(as_stored(release.codec, states), CONTEXTS, until_us)
+    assert np.abs(rounded - tower.embed(table, offsets, CONTEXTS)).max() < 1e-6
+    assert np.abs(rounded - release.embed(states, CONTEXTS, until_us)).max() > 1e-6
+    golden = release.golden_users()
+    warm = [u for u, until in enumerate(golden.history_until_us) if until is not None]
+    found = release.embed(
+        as_stored(release.codec, golden.state_UD[warm]), [golden.contexts[u] for u in warm],
+        [golden.history_until_us[u] for u in warm],
+    )  # fmt: skip
+    assert np.abs(found - golden.embedding_UE[warm]).max() < 1e-6
+    assert release.verify().passed
+
+
+def test_a_release_of_before_codecs_and_tokens_has_one_token(tmp_path: Path) -> None:
+    manifest = make_release(tmp_path)
+    path = tmp_path / "releases" / manifest.release_id / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["config"]["state_tokens"]
+    path.write_text(json.dumps(values))
+    assert Registry(tmp_path).load(manifest.release_id).config == manifest.config
 
 
 def test_a_head_only_retrain_keeps_the_state_version(tmp_path: Path) -> None:

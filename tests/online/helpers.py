@@ -16,6 +16,7 @@ from feature_repo import layout
 from model.canary import canary_ids, encode_canaries
 from model.records import Context, Event, SubjectItem, UserState
 from model.release import Manifest, Registry, Release
+from model.state_codec import StateCodec, as_stored
 from online.client import Embedding, Retrieval, UserTowerClient
 from online.guard import Answer
 from online.residents import Loaded, ResidentSet, Role, resident_set
@@ -36,7 +37,7 @@ def fresh_users() -> int:
 
 def make_head_only(registry: Path, base: Manifest, *, seed: int) -> Manifest:
     """A release of the base's encoder (built from `seed`) with another head: same state_version."""
-    tower, items = make_tower(seed=seed)
+    tower, items = make_tower(seed=seed, config=base.config)
     with torch.no_grad():
         for parameter in tower.head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -44,14 +45,14 @@ def make_head_only(registry: Path, base: Manifest, *, seed: int) -> Manifest:
 
 
 def stored_state(user: int, version: str, width: int = SMALL.d_model) -> UserState:
-    """The state that a user has under a version: the same in every test, different for every version."""
+    """The state that a user has under a version, before a codec: the same in every test, another for every version."""
     random = np.random.default_rng([user, int(version, 16)])
     until_us = NOW_US - HOUR_US - int(random.integers(HOUR_US))
     encoded_us = (NOW_US - HOUR_US) // 1_000_000 * 1_000_000
     return UserState(random.standard_normal(width).astype(np.float32), version, min(until_us, encoded_us), encoded_us)
 
 
-def row_bytes(state: UserState, view_version: str | None = None) -> dict[bytes, bytes]:
+def row_bytes(state: UserState, view_version: str | None = None, codec: StateCodec | None = None) -> dict[bytes, bytes]:
     """The state's hash fields in the view of its own version, or of another (a fault)."""
     row = layout.StateRow(
         state.state_D,
@@ -60,7 +61,7 @@ def row_bytes(state: UserState, view_version: str | None = None) -> dict[bytes, 
         state.encoded_at_us,
         state.encoded_at_us // 1_000_000,
     )
-    return layout.encode_row(row, layout.view_name(view_version or state.state_version))
+    return layout.encode_row(row, layout.view_name(view_version or state.state_version), codec)
 
 
 def context_of(user: int) -> Context:
@@ -85,9 +86,10 @@ class Oracle:
     def warm(self, release_id: str, user: int, context: Context | None = None) -> NDArray[np.float32]:
         """From the user's stored state: f32 [E]."""
         release = self.releases[release_id]
-        state = stored_state(user, release.manifest.state_version, release.config.d_model)
+        state = stored_state(user, release.manifest.state_version, release.config.state_width)
         contexts = [context or context_of(user)]
-        embedding: NDArray[np.float32] = release.embed(state.state_D[None], contexts, [state.history_until_us])[0]
+        states = as_stored(release.codec, state.state_D[None])
+        embedding: NDArray[np.float32] = release.embed(states, contexts, [state.history_until_us])[0]
         return embedding
 
     def cold(self, release_id: str, user: int, context: Context | None = None) -> NDArray[np.float32]:
@@ -136,10 +138,12 @@ class Oracle:
 
 
 class Rows:
-    """Writes rows, whole or damaged, to a Redis."""
+    """Writes rows, whole or damaged, to a Redis; their states by the codec of the test's releases."""
 
     def __init__(self, url: str) -> None:
         self.redis: Any = redis.Redis.from_url(url)
+        self.codec: StateCodec | None = None
+        self.width = SMALL.d_model
 
     def close(self) -> None:
         self.redis.close()
@@ -147,18 +151,23 @@ class Rows:
     def put(self, user: int | str, fields: Mapping[bytes, bytes]) -> None:
         self.redis.hset(layout.redis_key(user), mapping=dict(fields))
 
+    def bytes_of(self, state: UserState, view_version: str | None = None) -> dict[bytes, bytes]:
+        """The state's hash fields in the view of its own version, or of another (a fault)."""
+        return row_bytes(state, view_version, self.codec)
+
     def put_states(self, users: range, *versions: str) -> None:
         pipe = self.redis.pipeline(transaction=False)
         for user in users:
             for version in versions:
-                pipe.hset(layout.redis_key(user), mapping=row_bytes(stored_state(user, version)))
+                state = stored_state(user, version, self.width)
+                pipe.hset(layout.redis_key(user), mapping=self.bytes_of(state))
         pipe.execute()
 
     def put_canaries(self, release: Release, as_of_us: int) -> None:
         """The rows of the reserved users, as the batch job encodes and stores them."""
         version = release.manifest.state_version
         for user, state_D, until_us in zip(*encode_canaries(release, as_of_us), strict=True):
-            self.put(user, row_bytes(UserState(state_D, version, until_us, as_of_us)))
+            self.put(user, row_bytes(UserState(state_D, version, until_us, as_of_us), codec=release.codec))
 
     def drop_canaries(self) -> None:
         self.redis.delete(*(layout.redis_key(user) for user in canary_ids("int64")))

@@ -7,10 +7,11 @@ import pytest
 
 from model.bridge import Bridge, write_bridge
 from model.release import Registry
+from model.state_codec import as_stored
 from online import guard
 from online.client import Embedding, EmbedQuery, UserTowerClient
 from online.registry import Follower
-from tests.online.conftest import World
+from tests.online.conftest import EVERY_CODEC, World
 from tests.online.helpers import Rows, context_of, fresh_users, serving, stored_state
 
 WIDTH = 16
@@ -37,6 +38,7 @@ def ask(client: UserTowerClient, user: int, **options: bool | str) -> Embedding:
     return reply
 
 
+@EVERY_CODEC
 def test_an_old_state_goes_over_the_bridge(world: World, rows: Rows, redis_server: str) -> None:
     put_bridge(world)
     commit(world)
@@ -47,7 +49,7 @@ def test_an_old_state_goes_over_the_bridge(world: World, rows: Rows, redis_serve
         assert (reply.answer, reply.reason, reply.release_id) == ("BRIDGED", "unknown_user", world.b.release_id)
         assert reply.embedding_version == world.b.embedding_version
         old = stored_state(user, world.a.state_version)
-        by_hand = old.state_D[::-1] / 2 + np.float32(0.25)
+        by_hand = as_stored(rows.codec, old.state_D[None])[0][::-1] / 2 + np.float32(0.25)
         release = world.oracle.releases[world.b.release_id]
         wanted = release.embed(by_hand[None].copy(), [context_of(user)], [old.history_until_us])[0]
         np.testing.assert_allclose(reply.vector, wanted, atol=1e-5)

@@ -20,7 +20,7 @@ from online.guard import read_row
 from online.head import ServingHead
 from online.server import Server
 from online.settings import Settings
-from tests.online.conftest import World
+from tests.online.conftest import EVERY_CODEC, World
 from tests.online.helpers import HOUR_US, NOW_US, Rows, row_bytes, serving, wait_until
 
 AS_OF_US = (NOW_US - HOUR_US) // 1_000_000 * 1_000_000
@@ -64,12 +64,15 @@ def replace_row(rows: Rows, world: World, change: Callable[[UserState], UserStat
     rows.put(canary.user_id, row_bytes(change(state), world.a.state_version))
 
 
+@EVERY_CODEC
 def test_rows_of_the_batch_job_pass(world: World, canary_rows: Rows, redis_server: str) -> None:
     with looking(world, redis_server) as (server, look):
         check = look()
         assert (check.verdict, check.failures, check.as_of_us) == ("passed", (), AS_OF_US)
         assert set(check.differences) == {"state", "embedding"}
-        assert max(check.differences.values()) < 1e-5
+        rounding = {canary.state_tolerance for canary in canaries(world.oracle.releases[world.a.release_id])}
+        assert check.differences["state"] < max(rounding) - 1e-4 + 1e-5
+        assert check.differences["embedding"] < 1e-5
         assert sample(server, "tower_canary_passed", world.a) == 1
         assert sample(server, "tower_canary_as_of_seconds", world.a) == AS_OF_US / 1e6
         for part in ("state", "embedding"):
@@ -119,6 +122,23 @@ def test_a_row_the_guard_refuses_fails_by_name(
         check = look()
         assert check.verdict == "failed"
         assert check.failures == (("row", f"user -4611686018427387904: {reason}"),)
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8"], indirect=True)
+def test_a_stored_state_two_steps_off_fails(world: World, canary_rows: Rows, redis_server: str) -> None:
+    """One step is what rounding may do; two are an encoder, or a codec, that differs."""
+    release = world.oracle.releases[world.a.release_id]
+    canary = canaries(release)[1]
+    assert release.codec is not None
+    step = 2 * release.codec.rounding(canary.state_D[None])[0]
+    version, until_us = world.a.state_version, canary.history_until_us
+    moved_D = canary.state_D.copy()
+    moved_D[np.abs(moved_D).argmin()] += 2 * step
+    canary_rows.put(canary.user_id, canary_rows.bytes_of(UserState(moved_D, version, until_us, AS_OF_US)))
+    with looking(world, redis_server) as (_, look):
+        check = look()
+        assert check.verdict == "failed"
+        assert check.failures[0][0] == "state"
 
 
 def test_a_head_that_moved_fails(world: World, canary_rows: Rows, redis_server: str) -> None:

@@ -23,7 +23,9 @@ def load(folder: Path, config: TowerConfig, ids: str = "int64") -> Release:
     return Registry(folder).load(manifest.release_id, parts=("head", "items"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"query_dim": 5, "embedding_dim": 24, "context_dim": 10}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"query_dim": 5, "embedding_dim": 24, "context_dim": 10}, {"state_tokens": 3, "context_dim": 10}]
+)
 @pytest.mark.parametrize("ids", ["int64", "string"])
 def test_it_equals_the_module(tmp_path: Path, changes: dict[str, Any], ids: str) -> None:
     release = load(tmp_path, replace(SMALL, **changes), ids)
@@ -33,7 +35,7 @@ def test_it_equals_the_module(tmp_path: Path, changes: dict[str, Any], ids: str)
     if release.config.query_dim:
         contexts = [replace(c, query_vector=random.standard_normal(5).astype(np.float32)) for c in contexts]
     contexts[0] = Context(timestamp_us=NOW_US, session_events=(Event(1 if ids == "int64" else "x", "?", NOW_US),) * 9)
-    states = random.standard_normal((40, release.config.d_model)).astype(np.float32)
+    states = random.standard_normal((40, release.config.state_width)).astype(np.float32)
     until_us = [None if n % 3 == 0 else NOW_US - n * 10**9 for n in range(40)]
     wanted = release.embed(states, contexts, until_us)
     np.testing.assert_allclose(head.embed(states, contexts, until_us), wanted, atol=2e-6)
@@ -50,6 +52,16 @@ def test_it_equals_the_module(tmp_path: Path, changes: dict[str, Any], ids: str)
 def test_a_head_that_differs_is_refused(built_world: World, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Whatever part goes wrong in the copy, the comparison at load sees it."""
     release = Registry(built_world.registry).load(built_world.b.release_id, parts=("head", "items"), replay=False)
+    _check_refusal(release, name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["ask.weight", "ask.bias", "give.weight", "give.bias"])
+def test_a_fusion_of_tokens_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    _check_refusal(load(tmp_path, replace(SMALL, state_tokens=2)), f"fusion.{name}", monkeypatch)
+
+
+def _check_refusal(release: Release, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A serving head whose module is changed after its arrays were copied does not come to exist."""
     check = ServingHead._check
 
     def disturb_then_check(self: ServingHead, of: Release) -> None:

@@ -20,16 +20,16 @@ from feature_repo import layout
 from model.item_index import read_snapshot
 from model.records import UserState
 from model.release import Registry
+from model.state_codec import StateCodec
 from online import guard
 from online import registry as following
 from online.client import Embedding, EmbedQuery, Retrieval, UserTowerClient
 from online.server import Server
-from tests.online.conftest import World
+from tests.online.conftest import EVERY_CODEC, World
 from tests.online.helpers import (
     Rows,
     context_of,
     fresh_users,
-    row_bytes,
     serving,
     stored_state,
     wait_until,
@@ -44,35 +44,35 @@ def _fields(version: str) -> list[bytes]:
 
 def wrong_version(rows: Rows, user: int, version: str, other: str) -> None:
     """A row in the view of one version that carries another: a mislabelled write, a half-finished backfill."""
-    rows.put(user, row_bytes(stored_state(user, other), version))
+    rows.put(user, rows.bytes_of(stored_state(user, other), version))
 
 
 def wrong_vector(rows: Rows, user: int, version: str, other: str) -> None:
     """As above, with whatever else the row says."""
     strange = replace(stored_state(user, other), state_D=stored_state(user, other).state_D + 1)
-    rows.put(user, row_bytes(strange, version))
+    rows.put(user, rows.bytes_of(strange, version))
 
 
 def too_long(rows: Rows, user: int, version: str, other: str) -> None:
     state = stored_state(user, version)
-    rows.put(user, row_bytes(replace(state, state_D=np.concatenate([state.state_D, state.state_D]))))
+    rows.put(user, rows.bytes_of(replace(state, state_D=np.concatenate([state.state_D, state.state_D]))))
 
 
 def too_short(rows: Rows, user: int, version: str, other: str) -> None:
     """Width 1: numpy would spread it over the whole state without a word."""
     state = stored_state(user, version)
-    rows.put(user, row_bytes(replace(state, state_D=state.state_D[:1])))
+    rows.put(user, rows.bytes_of(replace(state, state_D=state.state_D[:1])))
 
 
 def truncated(rows: Rows, user: int, version: str, other: str) -> None:
     field = _fields(version)[0]
-    rows.put(user, {field: row_bytes(stored_state(user, version))[field][:-6]})
+    rows.put(user, {field: rows.bytes_of(stored_state(user, version))[field][:-6]})
 
 
 def not_finite(rows: Rows, user: int, version: str, other: str) -> None:
     state = stored_state(user, version)
     state.state_D[user % 16] = np.nan
-    rows.put(user, row_bytes(state))
+    rows.put(user, rows.bytes_of(state))
 
 
 def half_missing(rows: Rows, user: int, version: str, other: str) -> None:
@@ -84,7 +84,7 @@ def torn(rows: Rows, user: int, version: str, other: str) -> None:
     later = stored_state(user, version)
     later = UserState(later.state_D + 1, version, later.history_until_us, later.encoded_at_us - 86_400_000_000)
     fields = _fields(version)
-    stored = row_bytes(later)
+    stored = rows.bytes_of(later)
     rows.put(user, {fields[0]: stored[fields[0]], fields[3]: stored[fields[3]]})
 
 
@@ -153,6 +153,7 @@ def rig(world: World, rows: Rows, redis_server: str) -> Iterator[Rig]:
         yield Rig(world, rows, client)
 
 
+@EVERY_CODEC
 def test_thousands_of_requests_over_damaged_rows(rig: Rig) -> None:
     rig.damage(list(FAULTS))
     assert len(set(rig.reasons.values())) == 5
@@ -161,6 +162,7 @@ def test_thousands_of_requests_over_damaged_rows(rig: Rig) -> None:
     assert bad == 0
 
 
+@EVERY_CODEC
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_is_told_by_name(rig: Rig, name: str) -> None:
     rig.damage([name])
@@ -178,6 +180,7 @@ GONE: dict[str, tuple[str, str]] = {
 }
 
 
+@EVERY_CODEC
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on what the guard let through
 @pytest.mark.parametrize("gone", GONE)
 def test_without_a_check_the_detector_trips(rig: Rig, monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
@@ -195,12 +198,16 @@ def test_without_a_check_the_detector_trips(rig: Rig, monkeypatch: pytest.Monkey
     assert rig.count_mixed(rounds=2)[0] > 0
 
 
-def _decode_anything(values: guard.Values) -> layout.StateRow:
-    """A decoder that makes the best of what it gets: as many floats as there are, zeros for the rest."""
+def _decode_anything(values: guard.Values, codec: StateCodec | None) -> layout.StateRow:
+    """A decoder that makes the best of what it gets: as many numbers as there are, zeros for the rest."""
     state, version, until, encoded, timestamp = (value or b"" for value in values)
     floats = np.zeros(16, np.float32)
-    found = np.frombuffer(state[7:][: (len(state) - 7) // 4 * 4], "<f4")[:16]
-    floats[: len(found)] = found
+    if codec is None:
+        found = np.frombuffer(state[7:][: (len(state) - 7) // 4 * 4], "<f4")[:16]
+        floats[: len(found)] = found
+    else:
+        size = codec.encode(floats[None]).shape[1]
+        floats = codec.decode(state[2:].ljust(size, b"\0"))
     return layout.StateRow(
         floats,
         layout._decode_string(version, "state_version"),

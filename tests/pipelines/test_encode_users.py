@@ -3,15 +3,19 @@
 import itertools
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import redis
 from numpy.typing import NDArray
 
+from feature_repo import layout
 from model import release as release_module
+from model.canary import canaries
 from model.errors import ConfigError, DataError, TowerError
 from model.release import Manifest, Registry
 from pipelines.encode_users import describe_inputs, main, releases_to_encode, run_job
@@ -215,6 +219,59 @@ def test_a_poison_user_is_set_aside_alone(job: Job, tmp_path: Path, monkeypatch:
     assert {user: state for user, state in job.latest_states().items() if user != 7} == {
         user: state for user, state in clean.items() if user != 7
     }
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8"])
+def test_states_by_a_codec(tmp_path: Path, redis_server: str, codec: str) -> None:
+    """The run's Parquet holds the bytes that stand in Redis, canaries too; the same day twice gives the same files."""
+    manifest = make_release(tmp_path / "registry", config=replace(TINY, storage_codec=codec, state_tokens=2))
+    job = Job(tmp_path, tmp_path / "registry", manifest.state_version)
+    log = write_rows(tmp_path / "a.parquet", [row(u, 10 + u % 5, T + u) for u in range(7)])
+    job.run(log, T + 10, redis=redis_server)
+    states = job.read("states")
+    assert states.schema.field("state").type == pa.binary()
+    release = Registry(job.registry).load(manifest.release_id)
+    assert release.codec is not None
+    history = pa.table(
+        {
+            "item_id": [10 + u % 5 for u in range(7)], "event_type": ["click"] * 7,
+            "timestamp_us": [(T + u) * SECOND_US for u in range(7)], "surface": ["feed"] * 7,
+        }
+    )  # fmt: skip
+    encoded = release.encode(history, np.arange(8))
+    found = np.array([release.codec.decode(blob) for blob in states["state"].to_pylist()])
+    assert found.shape == (7, 16)
+    assert (np.abs(found - encoded).max(1) <= release.codec.rounding(encoded) * 1.01 + 1e-5).all()
+    view = layout.view_name(manifest.state_version)
+    with redis.Redis.from_url(redis_server, socket_timeout=5) as client:
+        for user, blob in zip(states["user_id"].to_pylist(), states["state"].to_pylist(), strict=True):
+            assert client.hget(layout.redis_key(user), layout.field_name(view, "state")).endswith(blob)
+        for canary in canaries(release):
+            values = client.hmget(layout.redis_key(canary.user_id), layout.row_fields(view))
+            stored = layout.decode_row(values, release.codec)
+            assert stored is not None
+            assert canary.state_difference(stored.state) <= canary.state_tolerance
+    again = job.elsewhere("again")
+    again.run(log, T + 10)
+    assert again.parquet_hashes() == job.parquet_hashes()
+
+
+def test_a_state_that_overflows_its_codec_is_a_dead_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make_release(tmp_path / "registry", config=replace(TINY, storage_codec="float16"))
+    job = Job(tmp_path, tmp_path / "registry", manifest.state_version)
+    encode = release_module.Release.encode
+
+    def large(self: Any, table: pa.Table, offsets: NDArray[np.int64]) -> NDArray[np.float32]:
+        states = encode(self, table, offsets)
+        states[np.array([13 in items for items in np.split(table["item_id"].to_numpy(), offsets[1:-1])])] *= 1e6
+        return states
+
+    monkeypatch.setattr(release_module.Release, "encode", large)
+    log = write_rows(tmp_path / "a.parquet", [row(u, 10 + u, T + u) for u in range(5)])
+    counts = job.run(log).counts
+    assert (counts["encoded"], counts["dead.non_finite_state"]) == (4, 1)
+    (dead,) = job.read("dead_letters").to_pylist()
+    assert (dead["user_id"], dead["detail"]) == ("3", "the state holds NaN or infinity once stored as float16")
 
 
 def test_a_broken_encoder_fails_the_run_instead_of_blaming_the_users(

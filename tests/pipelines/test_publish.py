@@ -1,5 +1,6 @@
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from deploy.redis_server import start_redis
 from feature_repo import layout
 from feature_repo.layout import StateRow
 from model.errors import ConfigError, DataError, StoreUnavailable
+from model.state_codec import StateCodec
 from pipelines.transforms import publish
 from pipelines.transforms.publish import PublishCounts, connect, publish_table
 
@@ -202,9 +204,46 @@ def test_non_finite_and_future_rows_are_rejected_and_counted(client: redis.Redis
     assert [row is not None for row in rows] == [False] * 5 + [True]
 
 
+@pytest.mark.parametrize("codec", [StateCodec("float16"), StateCodec("int8"), StateCodec("int8", tokens=2)])
+def test_bytes_of_a_codec_go_to_redis_as_they_are(client: redis.Redis, version: str, codec: StateCodec) -> None:
+    states = np.array([[1, 2, 3, -4], [np.nan, 1, 1, 1], [0, 0, 0, 0], [5, 6, 7, 8]], np.float32)
+    blobs = pa.array([row.tobytes() for row in codec.encode(states)], pa.binary())
+    table = make_table(version, [10, 11, 12, 13], states, state=blobs)
+    counts = publish_table(client, table.slice(1), version, 1, codec=codec)
+    assert counts == PublishCounts(written=2, rejected=1)
+    assert publish_table(client, table.slice(0, 1), version, 1, codec=codec) == PublishCounts(written=1)
+    assert stored(client, 11, version) is None
+    view = layout.view_name(version)
+    for user, blob, state in ((10, blobs[0], states[0]), (12, blobs[2], states[2]), (13, blobs[3], states[3])):
+        values = client.hmget(layout.redis_key(user), layout.row_fields(view))
+        assert values[0].endswith(blob.as_py())
+        row = layout.decode_row(values, codec)
+        assert row is not None
+        assert row.state.tolist() == pytest.approx(state.tolist(), abs=0.04)
+        assert values == [*layout.encode_row(replace(row, state=state), view, codec).values()]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([[1.0]] * 3, pa.list_(pa.float32())), "binary, the bytes of int8, got list"),
+        (pa.array([b"12345", b"123456", b"12345"]), "same number of bytes, got \\[5, 6\\]"),
+        (pa.array([b"123"] * 3), "got 3 bytes"),
+        (pa.array([b"12345", None, b"12345"]), "1 nulls"),
+    ],
+)
+def test_bytes_of_another_kind_are_refused(client: redis.Redis, version: str, column: pa.Array, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        publish_table(client, make_table(version, state=column), version, 1, codec=StateCodec("int8"))
+    with pytest.raises(DataError, match="list of float32, got binary"):
+        publish_table(client, make_table(version, state=pa.array([b"12345"] * 3)), version, 1)
+
+
 def test_an_empty_table_is_nothing(version: str) -> None:
     empty = make_table(version).slice(0, 0)
     assert publish_table("redis://127.0.0.1:1/0", empty, version, 1) == PublishCounts()
+    empty = make_table(version, state=pa.array([b""] * 3)).slice(0, 0)
+    assert publish_table("redis://127.0.0.1:1/0", empty, version, 1, codec=StateCodec("int8")) == PublishCounts()
 
 
 def test_fixed_size_lists_and_sliced_tables(client: redis.Redis, version: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,27 @@ def test_prepare_makes_ready_and_commit_flips(towers: Towers, capsys: Errors) ->
     capsys.readouterr()
     assert towers.prepare(towers.old) == 1
     assert "serves already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8"])
+def test_from_float32_to_a_codec_and_back(tmp_path: Path, redis_server: str, capsys: Errors, codec: str) -> None:
+    """The rows of both lie beside each other in Redis; the checks read each by its own codec, canaries included."""
+    towers = Towers(tmp_path)
+    towers.redis_url = redis_server
+    towers.new = make_release(tmp_path / "registry", seed=1, config=replace(TINY, storage_codec=codec))
+    with redis.Redis.from_url(redis_server) as client:
+        for user in [*range(200), *canary_ids("int64")]:
+            client.delete(layout.redis_key(user))
+        towers.serve(towers.old)
+        assert towers.prepare(towers.new) == 0, capsys.readouterr().err
+        assert towers.move("commit", towers.new.release_id) == 0, capsys.readouterr().err
+        field = layout.field_name(layout.view_name(towers.new.state_version), "state")
+        key = layout.redis_key(canary_ids("int64")[2])
+        stored = client.hget(key, field)
+        assert towers.move("rollback") == 0
+        client.hset(key, field, stored[:-1] + bytes([stored[-1] ^ 0x40]))  # the last number moved by far
+        assert towers.move("commit", towers.new.release_id, "--force") == 1
+        assert "canary -4611686018427387902 is off by" in capsys.readouterr().err
 
 
 def test_a_release_that_was_not_prepared_may_not_serve(towers: Towers, capsys: Errors) -> None:
