@@ -115,7 +115,9 @@ class GainTable:
         gain_NK = np.array(values["gain"], float)
         buckets = tuple(values["new_from"]), tuple(values["known_from"])
         if buckets != (NEW_FROM, KNOWN_FROM) or gain_NK.shape != (len(NEW_FROM), len(KNOWN_FROM)):
-            raise ConfigError(f"a gain table has the buckets {NEW_FROM} and {KNOWN_FROM}, got {buckets[0]}, {buckets[1]}")
+            raise ConfigError(
+                f"a gain table has the buckets {NEW_FROM} and {KNOWN_FROM}, got {buckets[0]}, {buckets[1]}"
+            )
         return cls(gain_NK, str(values["source"]))
 
 
