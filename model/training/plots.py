@@ -138,7 +138,7 @@ def draw_audit(study: Mapping[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(recall)), list(recall), fontsize=9)
         axis.set_title(titles[kind], fontsize=10)
     axes[0, 0].set_ylabel(f"Recall@{study['k']}")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(f"{study['dataset']}: whose context helps", fontsize=11)
     save_plot(plt, figure, path)
 

@@ -218,13 +218,17 @@ def _figures(
     renewed: Sequence[Sequence[int]],
     hits: Mapping[str, Floats],
 ) -> list[dict[str, Any]]:
-    """Each arm's Recall, users renewed a day, and the share of what renewing all gains over renewing nobody."""
+    """Each arm's Recall, users renewed a day, the share of what renewing all gains over renewing nobody, and the gain
+    over as many users drawn at random."""
     means = {arm: questions.resampled(hit_BA, target_B) for arm, hit_BA in hits.items()}
     found = []
     for a, (policy, share) in enumerate(arms):
-        captured = {}
+        captured, over_random = {}, {}
+        by_chance = arms.index(("random", share)) if policy in POLICIES else None
         for arm, hit_BA in hits.items():
             mean_A, mean_RA = hit_BA.mean(0), means[arm]
+            if by_chance is not None:
+                over_random[arm] = summary(mean_A[a] - mean_A[by_chance], mean_RA[:, a] - mean_RA[:, by_chance])
             captured[arm] = ratio(
                 mean_A[a] - mean_A[0], mean_A[-1] - mean_A[0],
                 mean_RA[:, a] - mean_RA[:, 0], mean_RA[:, -1] - mean_RA[:, 0],
@@ -236,6 +240,7 @@ def _figures(
                 "renewed_a_day": round(float(np.mean(renewed[a])), 1),
                 "recall": {arm: summary(hits[arm][:, a].mean(), means[arm][:, a]) for arm in hits},
                 "captured": captured,
+                "over_random": over_random or None,
             }
         )
     return found

@@ -148,7 +148,8 @@ def ratio(top: float, bottom: float, top_R: Floats, bottom_R: Floats, *, digits:
     """top / bottom with its interval; None where bottom is not surely above 0."""
     if not bottom > 0 or np.quantile(bottom_R, 0.025) <= 0:
         return None
-    return summary(top / bottom, (top_R / bottom_R)[bottom_R > 0], digits)
+    usable_R = bottom_R > 0
+    return summary(top / bottom, top_R[usable_R] / bottom_R[usable_R], digits)
 
 
 def figure(found: Mapping[str, float] | None, *, percent: bool = False) -> str:
