@@ -36,7 +36,11 @@ _DAY_US = 86_400_000_000
 
 @dataclass(frozen=True, slots=True)
 class RefreshBudget:
-    """How many users with a state and new events may be renewed in a run: a share of them, or a number."""
+    """How many users' states a run may renew: a share of what it would renew without a budget, or a number.
+
+    Without one, a run renews the users with a state and events new in this run. Deferred users compete for the same
+    places, so a share of 25% costs a quarter of the encoder calls, however many are deferred.
+    """
 
     share: float | None = None
     users: int | None = None
@@ -55,12 +59,15 @@ class RefreshBudget:
             pass
         raise ConfigError(f"a refresh budget is a share like 25% (0% to 100%) or a number of users, got {text!r}")
 
-    def of(self, candidates: int, shard: int = 0, shards: int = 1) -> int:
-        """How many of a shard's candidates may be renewed; a number of users is divided evenly among the shards."""
+    def of(self, changed: int, shard: int = 0, shards: int = 1) -> int:
+        """How many users of a shard may be renewed; a number of users is divided evenly among the shards.
+
+        changed: users of the shard with a state and events new in this run.
+        """
         if self.share is not None:
-            return int(np.ceil(round(self.share * candidates, 6)))
+            return int(np.ceil(round(self.share * changed, 6)))
         assert self.users is not None
-        return min(candidates, self.users // shards + (shard < self.users % shards))
+        return self.users // shards + (shard < self.users % shards)
 
     def __str__(self) -> str:
         return f"{self.users}" if self.share is None else f"{100 * self.share:g}%"

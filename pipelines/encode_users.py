@@ -281,7 +281,9 @@ def _summary(manifest: RunManifest, plan: RunPlan, seconds: float) -> str:
         ("users", users),
     ]
     if plan.refresh is not None:
-        rows.append(("budget", f"{plan.refresh.budget} of the users with a row; gain: {plan.refresh.table.source}"))
+        rows.append(
+            ("budget", f"{plan.refresh.budget} of the changed users with a row; gain: {plan.refresh.table.source}")
+        )
     if manifest.encoded_through_us < manifest.as_of_us:
         rows.append(("current", f"all users through {iso(manifest.encoded_through_us)}"))
     dead = [f"{count:,} {name.removeprefix('dead.')}" for name, count in counts.items() if name.startswith("dead.")]

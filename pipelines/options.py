@@ -108,11 +108,11 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--refresh-budget",
         metavar="SHARE|N",
-        help="encode only so many of the users with a row and new events, like 25%% or 100000 (divided among the "
-        "shards): the best by expected gain; the others keep row and new events, are counted as deferred, and are "
-        "candidates of the next run. Users without a row are always encoded and do not count, so a first run defers "
-        "nobody. What renewing is worth comes from the release's study (tower-evaluate refresh-budget) where there "
-        "is one (default: encode all)",
+        help="encode only a share of the users with a row whom this run's events change, like 25%%, or so many users, "
+        "like 100000 (divided among the shards): the best by expected gain; the others keep row and new events, are "
+        "counted as deferred, and compete again in the next run. Users without a row are always encoded and do not "
+        "count, so a first run defers nobody. What renewing is worth comes from the release's study (tower-evaluate "
+        "refresh-budget) where there is one (default: encode all)",
     )
     what.add_argument(
         "--republish",

@@ -519,7 +519,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         metavar="SHARE",
-        help="of the users with a state and new events (0.05 0.1 0.25 0.5; none and all are added)",
+        help="of the users with a state and events new that day (0.05 0.1 0.25 0.5; none and all are added)",
     )
     refresh.add_argument("--warm-up-days", type=int, help="refreshes under the policy before the test (4)")
     return parser

@@ -160,7 +160,7 @@ def draw_refresh(study: Mapping[str, Any], path: Path) -> None:
                 label=policy.replace("_", " "), color=f"C{p}", marker="os^D"[p % 4], markersize=4,
             )  # fmt: skip
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("budget, % of users with a state and new events", fontsize=9)
+        axis.set_xlabel("budget, % of users with a state and events new that day", fontsize=9)
     axes[0].set_ylabel(f"Recall@{study['k']}")
     axes[0].legend(fontsize=8)
     figure.suptitle(f"{study['dataset']}: whom to renew", fontsize=11)

@@ -2,8 +2,9 @@
 
 Legend: A arms (policy and budget), B requests, D days, U users, T packed events.
 
-At each daily refresh every user without a state is encoded, and of the users with a state and new events a policy picks
-as many as the budget allows; the others keep their older state. Then the day's requests are answered, with the events
+At each daily refresh every user without a state is encoded, and of the users with a state and unseen events a policy
+picks as many as the budget allows: a share of those with events new that day, so that it is also the share of the cost.
+The others keep their older state and compete again. Then the day's requests are answered, with the events
 since the user's state as session, up to session_limit. All users are current at the first day's refresh, some days
 before the test; Recall@K is counted on the test's requests only, so that states had time to grow old.
 
@@ -59,9 +60,9 @@ def refresh_study(
 ) -> dict[str, Any]:
     """Recall@K of each policy and budget on the test requests of users with a state, with and without context.
 
-    budgets: shares of the users with a state and new events, each in (0, 1). warm_up_days: refreshes under the policy
-    before the first day of the test. asked: as Questions.read takes it. Raises DataError or ConfigError, the latter
-    where the description does not split by time.
+    budgets: shares of the users with a state and events new that day, each in (0, 1). warm_up_days: refreshes under
+    the policy before the first day of the test. asked: as Questions.read takes it. Raises DataError or ConfigError,
+    the latter where the description does not split by time.
     """
     if any(not 0 < share < 1 for share in budgets):
         raise ConfigError(f"budgets are shares above 0 and below 1 (all and nobody are added), got {list(budgets)}")
@@ -148,9 +149,11 @@ def play(
     rng = np.random.default_rng([questions.seed, 6])
     cut_U = refreshes[0].latest_U.copy()
     cut_B = np.empty(len(target_B), np.int64)
+    before_U = cut_U
     renewed = []
     for refresh in refreshes:
         latest_U = refresh.latest_U
+        changed = int(np.count_nonzero((latest_U > before_U) & (before_U >= first_U)))
         cut_U = np.where(cut_U < first_U, latest_U, cut_U)
         user = np.flatnonzero(latest_U > cut_U)
         length = np.minimum(latest_U[user] + 1 - first_U[user], limit)
@@ -163,8 +166,9 @@ def play(
             score = -events.time_us_T[cut_U[user] + 1].astype(np.float64)
         else:
             score = rng.random(len(user))
-        chosen = user[best(score, new, RefreshBudget(share=share).of(len(user)))]
+        chosen = user[best(score, new, RefreshBudget(share=share).of(changed))]
         cut_U[chosen] = latest_U[chosen]
+        before_U = latest_U
         asked = day_B == refresh.day
         cut_B[asked] = np.minimum(cut_U[user_B[asked]], target_B[asked] - 1)
         renewed.append(len(chosen))
@@ -254,8 +258,8 @@ def show(study: Mapping[str, Any]) -> str:
         f"renews; {study['requests']:,} requests of {study['users']:,} users with a state in {days['test']} test "
         f"day(s) after {days['warm_up']} days under the policy; {study['affected_share']:.1%} of the requests have "
         f"another state when all are renewed than when nobody is; intervals: {study['interval']}",
-        f"budget: share of the users with a state and new events; {study['new_users_a_day']:,.0f} users a day without "
-        "a state are encoded besides",
+        f"budget: share of the users with a state and events new that day; {study['new_users_a_day']:,.0f} users a day "
+        "without a state are encoded besides",
         "",
         f"  {'policy':18}{'budget':>7}{'renewed a day':>15}{'with context':>29}{'without':>29}{'of the gain':>22}",
     ]

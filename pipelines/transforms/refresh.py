@@ -45,7 +45,8 @@ def choose(histories: Histories, known: pa.Array, before: pa.Table, plan: RunPla
         return Chosen(candidates, empty)
     has_row_U = pc.is_in(histories.users, value_set=known).to_numpy(zero_copy_only=False)
     old = candidates[has_row_U[candidates]]
-    budget = plan.refresh.budget.of(len(old), shard, plan.shards)
+    changed = int(np.count_nonzero(has_row_U & (histories.new_U > 0)))
+    budget = plan.refresh.budget.of(changed, shard, plan.shards)
     taken = best(_expected_gains(histories, old, unseen_U, plan), unseen_U[old], budget)
     left = np.delete(old, taken)
     through_U = np.full(len(unseen_U), parse_as_of_us(plan.previous_run))

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.results import OPTIONAL, REQUIRED
+from benchmarks.staleness import draw, entries
 from model.dataset import DatasetDescription, find_description
 from model.errors import ConfigError
 from model.event_log import read_items, read_log, read_users
@@ -264,10 +266,9 @@ def test_a_budget_played_by_hand(four_users):
     assert cuts("nobody", 0.0) == ([0, 4, 9, 12], [0, 0])  # user 3 was new on day 2 and is encoded all the same
     # half of two is one: user 2 on day 2; then user 1 (2 new) before user 3 (1 new)
     assert cuts("most_new_events", 0.5) == ([2, 7, 9, 12], [1, 1])
-    # user 1's first unseen event is older than user 2's on day 2; on day 3 user 2 is the longest stale of three, then
-    # user 1; half of three are two
-    assert cuts("longest_stale", 0.5) == ([2, 7, 9, 12], [1, 2])
-    assert cuts("longest_stale", 0.1) == ([1, 7, 9, 12], [1, 1])
+    # user 1's first unseen event is older than user 2's on day 2; on day 3 user 2, who has no event that day, is the
+    # longest stale of three, and half of the two with one is one
+    assert cuts("longest_stale", 0.5) == ([1, 7, 9, 12], [1, 1])
     # equal rates: the new share decides, 3 of 4 for user 2; then user 1: bucket (2, 1) before user 3: (1, 1)
     assert cuts("expected_gain", 0.5) == ([2, 7, 9, 12], [1, 1])
 
@@ -285,6 +286,32 @@ def test_gains_come_from_the_day_before_the_test(four_users):
         np.testing.assert_allclose(table.gain_NK, max(0.0, renewed - old))
         assert table.source == f"refresh-{questions.release.manifest.release_id}"
     assert len(gains) == 2  # at some K one of the two states finds the item and the other does not
+
+
+def test_the_benchmark_records_their_figures(inputs, tmp_path):
+    release, log = inputs
+    made = {"made": {"hardware": "test", "versions": {}, "date": "2026-01-31", "trained": "2 epochs"}}
+    studies = {
+        "staleness-toy": staleness_study(release, **log) | made,
+        "audit-toy": audit_study(release, **log) | made,
+        "refresh-toy": refresh_study(release, **log) | made,
+    }
+    found = {entry["measure"]: entry for entry in entries(studies)}
+    for entry in found.values():
+        assert set(entry) <= {*REQUIRED, *OPTIONAL}
+        assert isinstance(entry["value"], float)
+    arms = {(arm["policy"], arm["budget"]): arm["recall"]["context"]["value"] for arm in studies["refresh-toy"]["arms"]}
+    quarter = found["refresh.toy.expected_gain_25.recall@20"]
+    assert quarter["value"] == pytest.approx(arms["expected_gain", 0.25], abs=1e-4)
+    assert (quarter["rival"], quarter["rival_value"]) == ("random", pytest.approx(arms["random", 0.25], abs=1e-4))
+    assert f"all {arms['all', 1.0]:.4f}" in quarter["note"]
+    context = studies["staleness-toy"]["segments"]["all"]["recall"]["context"]
+    ratio_found = found["staleness.toy.daily_over_fresh.recall@20"]["value"]
+    assert ratio_found == pytest.approx(context[6]["value"] / context[0]["value"], abs=1e-4)
+    pseudo = studies["audit-toy"]["pseudo"]["full"]
+    assert found["audit.toy.leakage"]["value"] == pytest.approx(pseudo["above_another"]["value"], abs=1e-4)
+    draw(studies, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["audit-toy.svg", "refresh-toy.svg", "staleness-toy.svg"]
 
 
 def test_a_refresh_budget_needs_days(inputs):

@@ -65,7 +65,7 @@ def test_the_best_are_encoded_and_the_others_keep_row_and_events(
     assert manifest.files.keys() >= {"deferred/shard-00000.parquet"}
     out = capsys.readouterr().out
     assert "14: 5 encoded, 3 unchanged, 6 deferred" in out
-    assert "30% of the users with a row; gain: assumed" in out
+    assert "30% of the changed users with a row; gain: assumed" in out
     assert f"all users through {iso((T + 100) * SECOND_US)}" in out
     tails = job.read("tails")
     lengths = dict(zip(tails["user_id"].to_pylist(), map(len, tails["item_id"].to_pylist()), strict=True))
