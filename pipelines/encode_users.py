@@ -20,11 +20,12 @@ from apache_beam.utils.shared import Shared
 
 from model import event_log
 from model.errors import ConfigError, DataError, StoreUnavailable, TowerError
+from model.refresh import GainTable, RefreshBudget, study_name
 from model.release import Manifest, Registry
 from model.state_codec import StateCodec
 from pipelines.io import Folder
 from pipelines.options import DEFAULT_SHARDS, EncodeSettings, parse_settings
-from pipelines.runs import SECOND_US, RunManifest, RunPlan, RunStore, iso, run_id_of
+from pipelines.runs import SECOND_US, RefreshPolicy, RunManifest, RunPlan, RunStore, iso, run_id_of
 from pipelines.transforms.commit import Commit
 from pipelines.transforms.encode_shard import EncodeShard
 from pipelines.transforms.publish_run import Publish, publish_runs
@@ -206,7 +207,14 @@ def plan_run(settings: EncodeSettings, release: Manifest, as_of_us: int, inputs:
         rows_per_s=settings.rows_per_s,
         token=token,
         fault=settings.fault,
+        refresh=None if settings.refresh_budget is None else _refresh(settings, release, settings.refresh_budget),
     )
+
+
+def _refresh(settings: EncodeSettings, release: Manifest, budget: RefreshBudget) -> RefreshPolicy:
+    """The gain table of the release's own study, or the assumed one."""
+    study = Registry(settings.registry).read_study(study_name(release.release_id))
+    return RefreshPolicy(budget, GainTable.assumed() if study is None else GainTable.from_dict(study["table"]))
 
 
 def build_graph(pipeline: beam.Pipeline, plan: RunPlan, groups: list[event_log.RowGroup]) -> Any:
@@ -266,11 +274,20 @@ def _progress(plan: RunPlan) -> Iterator[None]:
 
 def _summary(manifest: RunManifest, plan: RunPlan, seconds: float) -> str:
     counts = manifest.counts
+    users = f"{counts['users']:,}: {counts['encoded']:,} encoded, {counts['skipped']:,} unchanged"
+    if "deferred" in counts:
+        users += f", {counts['deferred']:,} deferred"
     rows = [
         ("run", f"{manifest.run_id} of state version {manifest.state_version} (release {manifest.release_id})"),
         ("events", f"{counts['events']:,} read"),
-        ("users", f"{counts['users']:,}: {counts['encoded']:,} encoded, {counts['skipped']:,} unchanged"),
+        ("users", users),
     ]
+    if plan.refresh is not None:
+        rows.append(
+            ("budget", f"{plan.refresh.budget} of the changed users with a row; gain: {plan.refresh.table.source}")
+        )
+    if manifest.encoded_through_us < manifest.as_of_us:
+        rows.append(("current", f"all users through {iso(manifest.encoded_through_us)}"))
     dead = [f"{count:,} {name.removeprefix('dead.')}" for name, count in counts.items() if name.startswith("dead.")]
     rows.append(("set aside", ", ".join(dead) or "none"))
     if plan.redis_url is None:

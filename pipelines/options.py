@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from model.errors import ConfigError
+from model.refresh import RefreshBudget
 from pipelines.faults import CRASH_VARIABLE, Fault
 from pipelines.runs import parse_as_of_us
 
@@ -35,6 +36,8 @@ examples
   tower-encode --events day/ --registry registry --states states --as-of 2017-10-15T03:00:00Z \\
       --direct_num_workers 4 --direct_running_mode multi_processing
       yesterday's events, in four processes (Beam's own flags; --runner takes any Beam runner)
+  tower-encode --events log/ --registry registry --states states --refresh-budget 25%
+      a quarter of the users with new events, those whose requests gain most; without the flag the next run catches up
 """
 
 
@@ -55,6 +58,8 @@ class EncodeSettings:
     rows_per_s: float | None
     """Most rows a second that go to Redis; None: no limit."""
     full: bool
+    refresh_budget: RefreshBudget | None
+    """None: every user with new events is encoded."""
     republish: bool
     device: str
     batch_tokens: int
@@ -99,6 +104,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--full",
         action="store_true",
         help="ignore the last run and encode every user of the log; --events must then be the whole log",
+    )
+    what.add_argument(
+        "--refresh-budget",
+        metavar="SHARE|N",
+        help="encode only a share of the users with a row whom this run's events change, like 25%%, or so many users, "
+        "like 100000 (divided among the shards): the best by expected gain; the others keep row and new events, are "
+        "counted as deferred, and compete again in the next run. Users without a row are always encoded and do not "
+        "count, so a first run defers nobody. What renewing is worth comes from the release's study (tower-evaluate "
+        "refresh-budget) where there is one (default: encode all)",
     )
     what.add_argument(
         "--republish",
@@ -165,6 +179,7 @@ def parse_settings(argv: Sequence[str] | None, environment: Mapping[str, str]) -
         redis_url=redis_url,
         rows_per_s=args.rows_per_s,
         full=args.full,
+        refresh_budget=None if args.refresh_budget is None else RefreshBudget.parse(args.refresh_budget),
         republish=args.republish,
         device=args.device,
         batch_tokens=args.batch_tokens,

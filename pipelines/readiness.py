@@ -112,15 +112,14 @@ def _states(mine: RunStore, theirs: RunStore | None, demands: Demands) -> list[F
     serving = newest_run(theirs) if theirs is not None else None
     if theirs is None or serving is None:
         return [Finding("states", True, f"run {run.run_id}, {run.counts['users']:,} users; nothing serves yet")]
-    lag_us = serving.as_of_us - run.as_of_us
+    lag_us = max(serving.as_of_us - run.as_of_us, serving.encoded_through_us - run.encoded_through_us)
     late = lag_us > demands.max_lag_us
     age = f"{span(lag_us)} older than" if lag_us > 0 else "as new as"
     allowed = f" (allowed: {span(demands.max_lag_us)})" if late else ""
-    findings = [
-        Finding(
-            "as-of", not late, f"its newest run, {run.run_id}, is {age} {serving.run_id} of the serving one{allowed}"
-        )
-    ]
+    detail = f"its newest run, {run.run_id}, is {age} {serving.run_id} of the serving one{allowed}"
+    if deferred := run.counts.get("deferred"):
+        detail += f"; {deferred:,} users are deferred, current through {iso(run.encoded_through_us)} only"
+    findings = [Finding("as-of", not late, detail)]
     have, of = covered(mine, theirs)
     findings.append(_coverage("coverage", have, of, "users of the serving release have a state", demands))
     return findings

@@ -18,6 +18,7 @@ import pyarrow as pa
 from model.dataset import DatasetDescription
 from model.errors import ConfigError, DataError
 from model.event_log import event_schema
+from model.refresh import GainTable, RefreshBudget
 from model.release import library_versions
 from model.state_codec import StateCodec
 from pipelines.faults import Fault
@@ -66,8 +67,21 @@ CANARIES = "states/shard-canary.parquet"
 
 
 def file_name(kind: str, shard: int) -> str:
-    """Path in a run of one shard's file. kind: states, tails or dead_letters."""
+    """Path in a run of one shard's file. kind: states, tails, dead_letters or deferred."""
     return f"{kind}/shard-{shard:05d}.parquet"
+
+
+def deferred_schema(user_id_type: pa.DataType) -> pa.Schema:
+    """Users whose row is older than their history: the as-of time up to which it is current, and events since."""
+    return pa.schema([("user_id", user_id_type), ("current_through", pa.int64()), ("new_events", pa.int64())])
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshPolicy:
+    """How many users with new events a run encodes, and by what it chooses them."""
+
+    budget: RefreshBudget
+    table: GainTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +94,8 @@ class RunManifest:
     """The release that encoded; others of the same state version give the same states."""
     as_of_us: int
     encoded_through_us: int
-    """Every user is current up to here: who has no newer row had no newer event."""
+    """Every user is current up to here: who has no newer row had no newer event. Before as_of_us where users are
+    deferred: then the time up to which the longest deferred of them is current."""
     shards: int
     previous_run: str | None
     """The run whose tails were carried on; None after a first run or a rebuild."""
@@ -142,6 +157,13 @@ class RunStore:
     def tails(self, run_id: str, shard: int) -> pa.Table:
         """One shard's tails. Raises DataError."""
         return read_parquet(self.run(run_id), file_name("tails", shard))
+
+    def deferred(self, run_id: str, shard: int, user_id_type: pa.DataType) -> pa.Table:
+        """One shard's deferred users, deferred_schema; none after a run without a refresh budget. Raises DataError."""
+        name = file_name("deferred", shard)
+        if not self.run(run_id).exists(name):
+            return deferred_schema(user_id_type).empty_table()
+        return read_parquet(self.run(run_id), name)
 
     def published(self) -> set[str]:
         """The runs whose rows were sent to Redis."""
@@ -210,6 +232,8 @@ class RunPlan:
     token: int
     """Fencing token of the job: orders its rows against those of another job with the same as-of."""
     fault: Fault
+    refresh: RefreshPolicy | None = None
+    """None: every user with new events is encoded."""
 
     @property
     def staging(self) -> Folder:
@@ -234,6 +258,7 @@ class RunPlan:
             "device": self.device,
             "batch_tokens": self.batch_tokens,
             "history_limit": self.history_limit,
+            "refresh": None if self.refresh is None else [str(self.refresh.budget), self.refresh.table.to_dict()],
             "libraries": library_versions(),
         }
         return hashlib.sha256(json_bytes(fixed)).hexdigest()[:16]

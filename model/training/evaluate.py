@@ -26,6 +26,7 @@ from model.dataset import DatasetDescription
 from model.encoder import Encoder
 from model.errors import CheckpointError, ConfigError, DataError, TowerError
 from model.event_log import read_items, read_log, read_users
+from model.features import ContextFeatures
 from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue
 from model.release import Registry, Release
 from model.state_codec import StateCodec, as_stored
@@ -92,7 +93,6 @@ def encode_requests(
     return state_QD, row_B
 
 
-@torch.inference_mode()
 def answer_requests(
     head: ContextHead,
     item_IE: torch.Tensor,
@@ -107,19 +107,41 @@ def answer_requests(
 ) -> torch.Tensor:
     """User embeddings from given states: f32 [B, E], L2-normalised.
 
-    state_QD: f32 [Q, D]. row_B: i64 [B], the state of each request, -1 for the cold state (whose age is absent too).
+    state_QD: f32 [Q, D]. row_B: i64 [B], the state of each request, -1 for the cold state.
     The rest is as in embed_requests.
     """
+
+    def contexts(part: slice) -> ContextFeatures:
+        return events.contexts(target_B[part], cut_B[part], head.config)
+
+    return answer_contexts(head, item_IE, state_QD, row_B, contexts if with_context else None, batch=batch)
+
+
+@torch.inference_mode()
+def answer_contexts(
+    head: ContextHead,
+    item_IE: torch.Tensor,
+    state_QD: torch.Tensor,
+    row_B: Ints,
+    contexts: Callable[[slice], ContextFeatures] | None,
+    *,
+    batch: int = 8192,
+) -> torch.Tensor:
+    """User embeddings from given states and contexts: f32 [B, E], L2-normalised.
+
+    contexts: of a slice of the requests; the age is left out where the state is the cold one. None: no context at all.
+    The rest is as in answer_requests.
+    """
     config, device = head.config, head.cold_state_D.device
-    user_BE = torch.empty(len(target_B), config.embedding_dim, device=device)
-    for start in range(0, len(target_B), batch):
+    user_BE = torch.empty(len(row_B), config.embedding_dim, device=device)
+    for start in range(0, len(row_B), batch):
         part = slice(start, start + batch)
         row = torch.from_numpy(row_B[part])
-        if with_context:
-            context = events.contexts(target_B[part], cut_B[part], config)
-            context = replace(context, age_B=context.age_B * (row >= 0))
-        else:
+        if contexts is None:
             context = absent_contexts(len(row), len(head.column_embeddings), config)
+        else:
+            context = contexts(part)
+            context = replace(context, age_B=context.age_B * (row >= 0))
         row = row.to(device)
         state_BD = head.cold_state_D.expand(len(row), -1).clone()
         state_BD[row >= 0] = state_QD[row[row >= 0]]
@@ -446,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        report, text = {"quality": _quality, "skew": _skew, "bridge": _bridge}[args.command](args)
+        report, text = _COMMANDS[args.command](args)
     except TowerError as error:
         print(f"tower-evaluate: {error}", file=sys.stderr)
         return 1
@@ -484,7 +506,35 @@ def _parser() -> argparse.ArgumentParser:
     bridge.add_argument("--held-out", type=float, default=0.5, help="share of the test's users that measure the bridge")
     bridge.add_argument("--max-fit-users", type=int, default=50_000)
     bridge.add_argument("--plot", type=Path, help="draw Recall by the share backfilled, .svg or .png; needs matplotlib")
+
+    staleness = commands.add_parser("staleness", help="Recall@K against the age of the state, by activity of the user")
+    _add_release_study(staleness, "draw Recall by age, a panel a segment")
+    staleness.add_argument("--ages", type=float, nargs="+", metavar="HOURS", help="rising from 0 (0 1 6 24 48 72)")
+    staleness.add_argument(
+        "--at-refresh", action="store_true", help="cut each state at the last daily refresh at or before its age"
+    )
+
+    audit = commands.add_parser("context-audit", help="true, shuffled and absent context, with and without history")
+    _add_release_study(audit, "draw Recall of every context and history")
+
+    refresh = commands.add_parser("refresh-budget", help="whom to renew when the encoder may not renew all, by policy")
+    _add_release_study(refresh, "draw Recall by budget, a line a policy")
+    refresh.add_argument(
+        "--budgets",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="of the users with a state and events new that day (0.05 0.1 0.25 0.5; none and all are added)",
+    )
+    refresh.add_argument("--warm-up-days", type=int, help="refreshes under the policy before the test (4)")
     return parser
+
+
+def _add_release_study(parser: argparse.ArgumentParser, plot: str) -> None:
+    _add_test_arguments(parser)
+    parser.add_argument("--release", help="release id, or 'serving' (default: the newest release)")
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--plot", type=Path, help=f"{plot}, .svg or .png; needs matplotlib")
 
 
 def _add_test_arguments(parser: argparse.ArgumentParser) -> None:
@@ -521,7 +571,8 @@ def _test_inputs(args: argparse.Namespace, release: Release) -> dict[str, Any]:
     }
 
 
-def _quality(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _release_named(args: argparse.Namespace) -> Release:
+    """The release that --release names, all parts loaded."""
     registry = Registry(args.registry)
     release_id = args.release
     if release_id is None:
@@ -532,7 +583,11 @@ def _quality(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         release_id = registry.pointer().serving
         if release_id is None:
             raise DataError(f"nothing serves in {args.registry}")
-    release = registry.load(release_id, device=args.device)
+    return registry.load(release_id, device=args.device)
+
+
+def _quality(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    release = _release_named(args)
     report = evaluate_quality(
         release, ks=sorted(set(args.k)), recent_hours=args.recent_hours, **_test_inputs(args, release)
     )
@@ -576,6 +631,60 @@ def _bridge(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.plot is not None:
         draw_bridge(study, args.plot)
     return study, f"{show_bridge(study)}\n{folder}"
+
+
+def _staleness(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from model.training import plots, staleness
+
+    flags = {"ages_h": args.ages or staleness.AGES_H, "at_refresh": args.at_refresh}
+    return _release_study(args, staleness, staleness.staleness_study, plots.draw_staleness, flags)
+
+
+def _audit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from model.training import audit, plots
+
+    return _release_study(args, audit, audit.audit_study, plots.draw_audit, {})
+
+
+def _refresh(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from model.training import plots, refresh
+
+    flags = {
+        "budgets": args.budgets or refresh.BUDGETS,
+        "warm_up_days": refresh.WARM_UP_DAYS if args.warm_up_days is None else args.warm_up_days,
+    }
+    return _release_study(args, refresh, refresh.refresh_study, plots.draw_refresh, flags)
+
+
+def _release_study(
+    args: argparse.Namespace,
+    module: Any,
+    make: Callable[..., dict[str, Any]],
+    draw: Callable[[Mapping[str, Any], Path], None],
+    flags: Mapping[str, Any],
+) -> tuple[dict[str, Any], str]:
+    """A study of one release: made, kept in the registry, drawn where that is asked for."""
+    from model.training.plots import plotting
+
+    if args.plot is not None:
+        plotting()
+    release = _release_named(args)
+    study = make(release, k=args.k, **flags, **_test_inputs(args, release))
+    name = module.study_name(release.manifest.release_id)
+    Registry(args.registry).write_study(name, study)
+    if args.plot is not None:
+        draw(study, args.plot)
+    return study, f"{module.show(study)}\nstudy {name}"
+
+
+_COMMANDS = {
+    "quality": _quality,
+    "skew": _skew,
+    "bridge": _bridge,
+    "staleness": _staleness,
+    "context-audit": _audit,
+    "refresh-budget": _refresh,
+}
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def commit_run(shard_reports: Iterable[bytes], plan: RunPlan) -> RunManifest:
         state_version=plan.store.state_version,
         release_id=plan.release_id,
         as_of_us=plan.as_of_us,
-        encoded_through_us=plan.as_of_us,
+        encoded_through_us=min(report["encoded_through_us"] for report in reports.values()),
         shards=plan.shards,
         previous_run=plan.previous_run,
         inputs=plan.inputs,

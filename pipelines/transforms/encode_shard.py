@@ -21,9 +21,10 @@ from model.release import Registry, Release
 from model.state_codec import StateCodec
 from pipelines import faults
 from pipelines.io import from_chunks, parquet_bytes
-from pipelines.runs import CANARIES, RunPlan, file_name
+from pipelines.runs import CANARIES, RunPlan, deferred_schema, file_name
 from pipelines.transforms.batches import Encode, Encoded, encode_users
 from pipelines.transforms.merge_tail import Histories, empty_tail, merge_tail, to_tail, whole
+from pipelines.transforms.refresh import choose
 
 EVENTS, REJECTS, SENTINEL = b"E", b"R", b""
 """First byte of an element: a chunk of events, a chunk of rejects; the sentinel is empty and says the shard exists."""
@@ -36,28 +37,47 @@ class ShardTables:
     states: pa.Table
     tails: pa.Table
     dead_letters: pa.Table
+    deferred: pa.Table | None
+    """Users with unseen events who were not encoded; None without a refresh budget."""
     counts: dict[str, int]
 
 
 def encode_shard(
-    events: pa.Table, rejects: pa.Table, tail: pa.Table, encode: Encode, *, width: int, plan: RunPlan
+    events: pa.Table,
+    rejects: pa.Table,
+    tail: pa.Table,
+    deferred: pa.Table,
+    encode: Encode,
+    *,
+    width: int,
+    plan: RunPlan,
+    shard: int,
 ) -> ShardTables:
-    """Pure: the events of one shard's users and their tails of yesterday become the shard's tables.
+    """Pure: the events of one shard's users and what yesterday's run left become the shard's tables.
 
-    events: plan.chunk_schema, any order. rejects: REJECT_SCHEMA. tail: as to_tail makes it. width: D of a state.
+    events: plan.chunk_schema, any order. rejects: REJECT_SCHEMA. tail: as to_tail makes it. deferred:
+    deferred_schema. width: D of a state.
     """
     histories = merge_tail(tail, events, plan.history_limit)
-    active = np.flatnonzero(histories.changed_U)
-    encoded = encode_users(histories, active, encode, plan.batch_tokens, width, plan.codec)
+    chosen = choose(histories, whole(tail["user_id"]), deferred, plan, shard)
+    encoded = encode_users(histories, chosen.encoded, encode, plan.batch_tokens, width, plan.codec)
     dead_letters = _dead_letters(histories, encoded, rejects, plan)
     counts = {
         "events": len(events),
         "users": len(histories.users),
         "encoded": len(encoded.users),
-        "skipped": len(histories.users) - len(active),
+        "skipped": len(histories.users) - len(chosen.encoded) - len(chosen.deferred),
         **Counter(f"dead.{reason}" for reason in dead_letters["reason"].to_pylist()),
     }
-    return ShardTables(_states(histories, encoded, plan), to_tail(histories), dead_letters, counts)
+    if plan.refresh is not None:
+        counts["deferred"] = len(chosen.deferred)
+    return ShardTables(
+        _states(histories, encoded, plan),
+        to_tail(histories),
+        dead_letters,
+        None if plan.refresh is None else chosen.deferred,
+        counts,
+    )
 
 
 def _states(histories: Histories, encoded: Encoded, plan: RunPlan) -> pa.Table:
@@ -160,12 +180,19 @@ class EncodeShard(beam.DoFn):
         events = from_chunks(by_kind.pop(EVENTS), plan.chunk_schema)
         rejects = from_chunks(by_kind.pop(REJECTS), REJECT_SCHEMA)
         tail = empty_tail(plan.chunk_schema)
+        deferred = deferred_schema(plan.description.user_id_arrow).empty_table()
         if plan.previous_run is not None:
             tail = plan.store.tails(plan.previous_run, shard).cast(tail.schema)
-        tables = encode_shard(events, rejects, tail, release.encode, width=release.config.state_width, plan=plan)
+            deferred = plan.store.deferred(plan.previous_run, shard, plan.description.user_id_arrow)
+        width = release.config.state_width
+        tables = encode_shard(events, rejects, tail, deferred, release.encode, width=width, plan=plan, shard=shard)
         if tables.counts.get("dead.poison"):
             _check_still_sound(release)
         written = {file_name(kind, shard): getattr(tables, kind) for kind in ("states", "tails", "dead_letters")}
+        through_us = plan.as_of_us
+        if tables.deferred is not None:
+            written[file_name("deferred", shard)] = tables.deferred
+            through_us = min([through_us, *tables.deferred["current_through"].to_pylist()])
         if shard == 0:
             written[CANARIES] = _canary_rows(release, plan)
         files = {}
@@ -173,7 +200,9 @@ class EncodeShard(beam.DoFn):
             data = parquet_bytes(table)
             plan.staging.write(name, data)
             files[name] = hashlib.sha256(data).hexdigest()
-        report = json.dumps({"shard": shard, "counts": tables.counts, "files": files}).encode()
+        report = json.dumps(
+            {"shard": shard, "counts": tables.counts, "files": files, "encoded_through_us": through_us}
+        ).encode()
         plan.reports.write(_report_name(shard), report)
         return report
 

@@ -25,8 +25,8 @@ class Histories:
     """[U + 1]: user u's events are offsets[u] to offsets[u + 1] of `events`, oldest first."""
     events: pa.Table
     """[T]: item_id, event_type, timestamp_us, order, row_hash and the event columns."""
-    changed_U: NDArray[np.bool_]
-    """Whether the history differs from the tail it was merged with."""
+    new_U: Index
+    """[U]: events of the history that the tail it was merged with did not hold."""
     duplicates: pa.Table
     """Rows of the input that equal an earlier row of the input, with all their columns."""
 
@@ -113,7 +113,7 @@ def merge_tail(tail: pa.Table, events: pa.Table, limit: int) -> Histories:
         users=users,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         events=rows.take(pa.array(latest)),
-        changed_U=np.bincount(user[latest], weights=is_new[latest], minlength=len(users)) > 0,
+        new_U=np.bincount(user[latest], weights=is_new[latest], minlength=len(users)).astype(np.int64),
         duplicates=events.take(pa.array(duplicate - len(old))),
     )
 

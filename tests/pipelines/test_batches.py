@@ -37,7 +37,7 @@ def histories(lengths: list[int]) -> Histories:
         users=pa.array(range(100, 100 + len(lengths))),
         offsets=offsets,
         events=pa.table({"item_id": np.repeat(np.arange(len(lengths)), lengths)}),
-        changed_U=np.ones(len(lengths), np.bool_),
+        new_U=np.ones(len(lengths), np.int64),
         duplicates=pa.table({}),
     )
 

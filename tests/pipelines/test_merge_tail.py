@@ -42,7 +42,7 @@ def items(histories: Histories) -> dict[int, list[int]]:
 def test_latest_events_of_each_user_oldest_first() -> None:
     found = first_day(events((2, 10, 5), (1, 11, 9), (2, 12, 3), (2, 13, 8), (2, 14, 1), (1, 15, 4)))
     assert items(found) == {1: [15, 11], 2: [12, 10, 13]}
-    assert found.changed_U.tolist() == [True, True]
+    assert found.new_U.astype(bool).tolist() == [True, True]
     assert found.offsets.tolist() == [0, 2, 5]
 
 
@@ -56,7 +56,7 @@ def test_new_events_join_the_tail_and_idle_users_are_unchanged() -> None:
     day = first_day(events((1, 10, 1), (1, 11, 2), (2, 12, 1)))
     found = merge_tail(to_tail(day), events((1, 13, 3), (1, 14, 4), (3, 15, 3)), 3)
     assert items(found) == {1: [11, 13, 14], 2: [12], 3: [15]}
-    assert found.changed_U.tolist() == [True, False, True]
+    assert found.new_U.tolist() == [2, 0, 1]
 
 
 def test_late_event_counts_and_one_older_than_a_full_tail_does_not() -> None:
@@ -65,7 +65,7 @@ def test_late_event_counts_and_one_older_than_a_full_tail_does_not() -> None:
     assert items(late) == {1: [11, 13, 12], 2: [13, 10]}
     older = merge_tail(day, events((1, 13, 5)), 3)
     assert items(older) == {1: [10, 11, 12], 2: [10]}
-    assert not older.changed_U.any()
+    assert not older.new_U.any()
 
 
 def test_whole_log_again_changes_nothing_even_among_ties_cut_off() -> None:
@@ -74,7 +74,7 @@ def test_whole_log_again_changes_nothing_even_among_ties_cut_off() -> None:
     assert items(day) == {1: [12, 13, 14]}
     again = merge_tail(to_tail(day), log, 3)
     assert items(again) == {1: [12, 13, 14]}
-    assert not again.changed_U.any()
+    assert not again.new_U.any()
     assert len(again.duplicates) == 0
 
 
@@ -86,7 +86,7 @@ def test_copies_in_the_input_are_duplicates_and_copies_of_the_tail_are_not() -> 
     next_day = merge_tail(to_tail(day), events((1, 11, 2), (1, 12, 3), (1, 12, 3)), 3)
     assert items(next_day) == {1: [10, 11, 12]}
     assert next_day.duplicates["item_id"].to_pylist() == [12]
-    assert not merge_tail(to_tail(day), events((1, 10, 1)), 3).changed_U.any()
+    assert not merge_tail(to_tail(day), events((1, 10, 1)), 3).new_U.any()
 
 
 def test_nothing_at_all() -> None:

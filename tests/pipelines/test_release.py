@@ -51,9 +51,9 @@ class Towers:
     def redis_flags(self) -> list[str]:
         return ["--no-redis"] if self.redis_url is None else ["--redis-url", self.redis_url]
 
-    def encode(self, release: str, as_of: str, log: Path | None = None) -> None:
+    def encode(self, release: str, as_of: str, log: Path | None = None, *flags_too: str) -> None:
         flags = ["--registry", self.registry.uri, "--states", self.states, *self.redis_flags]
-        more = ["--release", release, "--as-of", as_of]
+        more = ["--release", release, "--as-of", as_of, *flags_too]
         assert encode(["--events", str(log or self.log), *flags, *more]) == 0
 
     def prepare(self, release: Manifest, log: Path | None = None, *more: str) -> int:
@@ -187,6 +187,21 @@ def test_a_release_with_older_states_may_not_serve(towers: Towers, capsys: Error
     assert towers.move("commit", towers.new.release_id) == 1
     assert "20200915T000000Z, is 1 d 4 h older than 20200916T040000Z" in capsys.readouterr().err
     assert towers.move("commit", towers.new.release_id, "--max-lag-s", str(28 * 3600)) == 0
+
+
+def test_a_release_with_deferred_users_is_as_old_as_they_are(towers: Towers, capsys: Errors) -> None:
+    """Both have a run of day 2, but under the new release half the users are current through day 1 only."""
+    towers.serve(towers.old)
+    assert towers.prepare(towers.new) == 0
+    again = write_rows(towers.root / "again.parquet", [row(u, 11, T + DAY // 2 + u) for u in range(100)])
+    towers.encode(towers.old.release_id, DAY_2, again)
+    towers.encode(towers.new.release_id, DAY_2, again, "--refresh-budget", "50%")
+    assert towers.move("commit", towers.new.release_id) == 1
+    refused = capsys.readouterr().err
+    assert "20200916T000000Z, is 1 d older than 20200916T000000Z" in refused
+    assert "50 users are deferred, current through 2020-09-15T00:00:00Z only" in refused
+    towers.encode(towers.new.release_id, DAY_3)
+    assert towers.move("commit", towers.new.release_id) == 0
 
 
 def test_the_daily_job_keeps_both_ways_open(towers: Towers) -> None:
