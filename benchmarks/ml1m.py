@@ -311,6 +311,8 @@ def entries(
             "target": published[metric],
             "rival": f"{rival}, as published",
             "rival_value": published[metric],
+            "command": f"python -m benchmarks.ml1m train --protocol {protocol} --seeds 0 1 2 --device cuda; "
+            f"python -m benchmarks.ml1m test --protocol {protocol} --device cuda",
             "versions": library_versions(),
             "note": f"standard deviation {spreads[arm][metric]:.4f} over seeds; {other}: {means[other][metric]:.4f} "
             f"± {spreads[other][metric]:.4f}; choice `{name}`, {seconds:.0f} s of training each, "
