@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from model.context_head import ContextHead
@@ -26,7 +27,9 @@ from model.dataset import DatasetDescription
 from model.encoder import Encoder
 from model.errors import CheckpointError, ConfigError, DataError, TowerError
 from model.event_log import read_items, read_log, read_users
-from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue
+from model.item_tower import ItemTower
+from model.live_items import LiveCounts, LiveItems, LiveRequests, by_bucket, catalogue_logits
+from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue, ranks_of
 from model.release import Registry, Release
 from model.training.data import (
     EventArrays,
@@ -106,7 +109,7 @@ def answer_requests(
     The rest is as in embed_requests.
     """
     config, device = head.config, head.cold_state_D.device
-    user_BE = torch.empty(len(target_B), config.embedding_dim, device=device)
+    user_BE = torch.empty(len(target_B), config.embedding_dim + config.live_width, device=device)
     for start in range(0, len(target_B), batch):
         part = slice(start, start + batch)
         row = torch.from_numpy(row_B[part])
@@ -196,7 +199,7 @@ class Candidates:
         cls, release: Release, events: EventArrays, items: pa.Table, target_B: Ints, *, exclude_seen: bool
     ) -> "Candidates":
         """events: the log as the release's featuriser reads it. items: as read_items returns them."""
-        seen_rows, seen_offsets = _seen(events, target_B) if exclude_seen else (None, None)
+        seen_rows, seen_offsets = seen_items(events, target_B) if exclude_seen else (None, None)
         born_us_N = _born(release, items)
         times = events.time_us_T[target_B]
         return cls(events.num_items, events.item_T[target_B], times, born_us_N, seen_rows, seen_offsets)
@@ -211,6 +214,19 @@ class Candidates:
             mask_N[rows[(rows < self.num_items) & (rows != self.item_B[b])]] = False
         return mask_N
 
+    def excluded(self, index_B: Ints, device: torch.device) -> torch.Tensor:
+        """Items that some requests must not be offered because their users had them: bool [B, N]."""
+        mask_BN = torch.zeros(len(index_B), self.num_items, dtype=torch.bool, device=device)
+        if self.seen_rows is not None and self.seen_offsets is not None:
+            start_B = self.seen_offsets[index_B]
+            length_B = self.seen_offsets[index_B + 1] - start_B
+            row = np.repeat(np.arange(len(index_B)), length_B)
+            first_B = np.cumsum(length_B) - length_B
+            column = self.seen_rows[np.arange(len(row)) + np.repeat(start_B - first_B, length_B)]
+            keep = (column < self.num_items) & (column != self.item_B[index_B][row])
+            mask_BN[torch.from_numpy(row[keep]).to(device), torch.from_numpy(column[keep]).to(device)] = True
+        return mask_BN
+
     def ranks(self, user_BE: torch.Tensor, item_IE: torch.Tensor) -> Ints:
         """Ranks of the items asked for, by dot product. item_IE: f32 [I, E], the item tower's rows."""
         return rank_catalogue(
@@ -222,6 +238,72 @@ class Candidates:
             seen_rows=None if self.seen_rows is None else torch.from_numpy(self.seen_rows),
             seen_offsets=None if self.seen_offsets is None else torch.from_numpy(self.seen_offsets),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LiveCatalogue:
+    """The static half of what live requests are ranked among."""
+
+    live: LiveItems
+    item_NE: torch.Tensor
+    is_known_N: torch.Tensor
+    temperature: float
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, items: ItemTower, item_IE: torch.Tensor, row_N: torch.Tensor | None = None) -> "LiveCatalogue":
+        """item_IE: the tower's table. row_N: how each catalogue item is read; None means by its own row."""
+        if items.live is None:
+            raise ConfigError("the tower has no live features: its config has no live_windows_h")
+        if row_N is None:
+            row_N = torch.arange(items.embedder.shape.num_items, device=item_IE.device)
+        return cls(items.live, F.embedding(row_N, item_IE), items.is_known(row_N), items.temperature)
+
+
+@torch.inference_mode()
+def rank_live(
+    catalogue: LiveCatalogue,
+    counts: LiveCounts,
+    arms: Mapping[str, tuple[torch.Tensor, LiveRequests]],
+    candidates: Candidates,
+    *,
+    chunk: int | None = None,
+) -> dict[str, Ints]:
+    """Ranks by the whole score with live features, requests of one bucket at a time, all arms at once.
+
+    counts: on the catalogue's device. arms: user vectors f32 [B, E + L] and what the live part asks, by name; the same
+    requests in every arm. chunk: requests at a time, by default as many as make 2**25 scores (2**28 on a GPU).
+    """
+    item_NE, live = catalogue.item_NE, catalogue.live
+    num_items, width = item_NE.shape
+    device = item_NE.device
+    if chunk is None:
+        chunk = max(1, (2**28 if item_NE.is_cuda else 2**25) // max(num_items, 1))
+    bucket_B = counts.bucket(torch.from_numpy(candidates.time_us_B))
+    born_N = None if candidates.born_us_N is None else torch.from_numpy(candidates.born_us_N).to(device)
+    time_us_B, item_B = torch.from_numpy(candidates.time_us_B).to(device), torch.from_numpy(candidates.item_B).to(device)
+    on_device = {arm: (user.to(device), requests.to(device)) for arm, (user, requests) in arms.items()}
+    ranks = {arm: torch.empty(len(item_B), dtype=torch.int64, device=device) for arm in arms}
+    row_N = torch.arange(num_items, device=device)
+    features: tuple[int, torch.Tensor, torch.Tensor] | None = None
+    for part in by_bucket(bucket_B.numpy(), chunk):
+        bucket = int(bucket_B[part[0]])
+        if features is None or features[0] != bucket:
+            feature_NF = counts.item_features(row_N, torch.full_like(row_N, bucket))
+            features = bucket, feature_NF, live(feature_NF, catalogue.is_known_N)
+        _, feature_NF, phi_NL = features
+        rows = torch.from_numpy(part).to(device)
+        excluded_BN = candidates.excluded(part, device)
+        if born_N is not None:
+            excluded_BN |= born_N > time_us_B[rows][:, None]
+        for arm, (user_BV, requests) in on_device.items():
+            user = user_BV[rows] / catalogue.temperature
+            score_BN = user[:, :width] @ item_NE.T
+            score_BN += catalogue_logits(
+                live, counts, requests.rows(rows), phi_NL, feature_NF, catalogue.is_known_N, user[:, width:]
+            )
+            ranks[arm][rows] = ranks_of(score_BN, item_B[rows], excluded_BN)
+    return {arm: rank_B.cpu().numpy() for arm, rank_B in ranks.items()}
 
 
 def popularity_ranks(count_N: Ints, item_B: Ints, candidate: Callable[[int], NDArray[np.bool_] | None]) -> Ints:
@@ -308,11 +390,23 @@ def evaluate_quality(
     item_B, time_us_B = candidates.item_B, candidates.time_us_B
     item_IE = release.items.table()
     ranks: dict[str, Ints] = {}
-    for arm, with_context in (("context", True), ("no_context", False)):
-        user_BE = embed_requests(
+    users_by_arm = {
+        arm: embed_requests(
             release.encoder, release.head, item_IE, events, test.target_B, test.cut_B, with_context=with_context
         )
-        ranks[arm] = candidates.ranks(user_BE, item_IE)
+        for arm, with_context in (("context", True), ("no_context", False))
+    }
+    if release.config.live_windows_h:
+        counts = events.live_counts(release.config)
+        requests = events.live_requests(test.target_B, counts, release.config)
+        arms = {
+            "context": (users_by_arm["context"], requests),
+            "no_context": (users_by_arm["no_context"], requests.without_recent()),
+        }
+        catalogue = LiveCatalogue.of(release.items, item_IE)
+        ranks |= rank_live(catalogue, counts.to(release.device), arms, candidates)
+    else:
+        ranks |= {arm: candidates.ranks(user_BE, item_IE) for arm, user_BE in users_by_arm.items()}
     counted = events.item_T[test.trained_T & events.positive_T]
     count_N = np.bincount(counted[counted < events.num_items], minlength=events.num_items)
     ranks["popularity"] = popularity_ranks(count_N, item_B, candidates.mask)
@@ -379,7 +473,7 @@ def repeat_share(events: EventArrays) -> float:
     return 1.0 - len(pairs) / max(count, 1)
 
 
-def _seen(events: EventArrays, target_B: Ints) -> tuple[Ints, Ints]:
+def seen_items(events: EventArrays, target_B: Ints) -> tuple[Ints, Ints]:
     """Items of each user's events before the target, packed: rows and offsets [B + 1]."""
     start_B = events.offsets[events.user_T[target_B]]
     length_B = target_B - start_B
