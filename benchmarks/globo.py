@@ -249,7 +249,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     table, _ = read_log(str(folder / "events.parquet"), description)
     items = read_items(str(folder / "items.parquet"), description)
     if args.max_users is not None:
-        table = some_users(table, args.max_users, args.seed)
+        table, items = some_users(table, items, args.max_users, args.seed)
     device = torch.device(args.device)
     results: dict[str, TrainResult] = {}
     releases: dict[str, Release] = {}
@@ -297,13 +297,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def some_users(table: pa.Table, count: int, seed: int) -> pa.Table:
-    """The log of so many users, drawn with the seed."""
+def some_users(table: pa.Table, items: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Table]:
+    """The log of so many users, drawn with the seed, and its articles, published at their first click in it."""
     users = table["user_id"].unique().to_numpy()
     if len(users) <= count:
-        return table
+        return table, items
     chosen = np.random.default_rng(seed).choice(users, count, replace=False)
-    return table.filter(pa.array(np.isin(table["user_id"].to_numpy(), chosen))).combine_chunks()
+    table = table.filter(pa.array(np.isin(table["user_id"].to_numpy(), chosen))).combine_chunks()
+    first = table.group_by("item_id").aggregate([("timestamp_us", "min")])
+    return table, pa.table({"item_id": first["item_id"], "available_from_us": first["timestamp_us_min"]})
 
 
 def _chosen(pairs: Sequence[str], target: Any) -> dict[str, Any]:

@@ -76,6 +76,9 @@ class ContextHead(nn.Module):
         self.out = nn.Linear(config.head_hidden, config.embedding_dim)
         self.shortcut = nn.Linear(joined, config.embedding_dim, bias=False)
         self.live = nn.Linear(config.head_hidden, config.live_width) if config.live_width else None
+        if self.live is not None:
+            with torch.no_grad():
+                self.live.bias[0] = 1.0
 
     def forward(self, state_BD: torch.Tensor, context: ContextFeatures, item_IE: torch.Tensor) -> torch.Tensor:
         """state_BD: f32 [B, D], the cold state where a user has none. item_IE: f32 [I, E], the item tower's rows.

@@ -30,6 +30,8 @@ from model.config import TowerConfig
 Ints = NDArray[np.int64]
 _SECOND_US = 1_000_000
 _HIDDEN = 64
+_SCALE = 4.0
+"""Divides logarithms of counts, to about 1."""
 _FOLLOW_US = 24 * 3600 * _SECOND_US
 """Longest gap between two events of a user of which the second is said to follow the first."""
 _FOLLOW_HOURS = 3.0
@@ -190,11 +192,11 @@ class LiveCounts:
         return position_R, self.follower_S[place_R]
 
     def draw(
-        self, bucket_B: torch.Tensor, trained: torch.Tensor, num_draws: int, hours: float
+        self, bucket_B: torch.Tensor, drawn: torch.Tensor, num_draws: int, hours: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Negatives of targets: half events of the `hours` before, half uniform among the trained items.
+        """Negatives of targets: half events of the `hours` before, half uniform among given rows.
 
-        trained: i64, item rows. Returns (items i64 [B, M], log of how often each item was expected among the M draws).
+        drawn: i64, those rows. Returns (items i64 [B, M], log of how often each item was expected among the M draws).
         Where those hours have no event, all draws are uniform.
         """
         size, length = len(bucket_B), self.length_of(hours)
@@ -202,15 +204,15 @@ class LiveCounts:
         low_B1, total_B1 = self.before_Q[(bucket_B - length).clamp(min=0)][:, None], self.total(bucket_B, length)[:, None]
         device = bucket_B.device
         place_BM = low_B1 + (torch.rand(size, recent, device=device, dtype=torch.float64) * total_B1).long()
-        uniform_BM = trained[torch.randint(len(trained), (size, num_draws), device=device)]
+        uniform_BM = drawn[torch.randint(len(drawn), (size, num_draws), device=device)]
         recent_BM = self.item_P[place_BM.clamp(max=len(self.item_P) - 1)]
         recent_BM = torch.where(total_B1 > 0, recent_BM, uniform_BM[:, :recent])
         item_BM = torch.cat([recent_BM, uniform_BM[:, recent:]], 1)
         count_BM = self.items.since(item_BM, bucket_B[:, None].expand_as(item_BM), length)
-        is_trained_I = torch.zeros(self.num_rows, device=device)
-        is_trained_I[trained] = 1.0 / len(trained)
+        share_I = torch.zeros(self.num_rows, device=device)
+        share_I[drawn] = 1.0 / len(drawn)
         from_recent = torch.where(total_B1 > 0, recent, 0) * count_BM / total_B1.clamp(min=1)
-        from_uniform = torch.where(total_B1 > 0, num_draws - recent, num_draws) * is_trained_I[item_BM]
+        from_uniform = torch.where(total_B1 > 0, num_draws - recent, num_draws) * share_I[item_BM]
         return item_BM, torch.log(from_recent + from_uniform).float()
 
 
@@ -222,13 +224,18 @@ class LiveItems(nn.Module):
         num_features = 2 * (len(config.live_windows_h) + 1) + 2 + 1
         self.num_recent = config.live_recent
         self.phi = nn.Sequential(nn.Linear(num_features, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, config.live_dim))
+        self.shortcut = nn.Linear(num_features, config.live_dim, bias=False)
+        with torch.no_grad():  # begin as a count: the first value of phi is the mean log count, that of psi about 1
+            self.shortcut.weight.zero_()
+            self.shortcut.weight[0, : 2 * len(config.live_windows_h) : 2] = _SCALE / len(config.live_windows_h)
         self.pair = nn.Sequential(
             nn.Linear(num_features + 4 + 1 + config.live_recent, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, 1)
         )  # fmt: skip
 
     def forward(self, feature: torch.Tensor, is_known: torch.Tensor) -> torch.Tensor:
         """phi. feature: f32 [..., F], from item_features. is_known: bool [...], see ItemTower. Returns f32 [..., L]."""
-        vector: torch.Tensor = self.phi(_joined(feature, is_known))
+        inputs = _joined(feature, is_known)
+        vector: torch.Tensor = self.phi(inputs) + self.shortcut(inputs)
         return vector
 
     def follows(
@@ -245,12 +252,12 @@ class LiveItems(nn.Module):
         seconds since the item followed. place: i64 [...] in [0, K), 0 for the latest. Zero where it never followed.
         """
         latest = F.one_hot(place, self.num_recent).float()
-        inputs = torch.cat([_joined(feature, is_known), pair, log_gap[..., None] / 4, latest], -1)
+        inputs = torch.cat([_joined(feature, is_known), pair / _SCALE, log_gap[..., None] / _SCALE, latest], -1)
         return F.softplus(self.pair(inputs)[..., 0]) * (pair[..., 2] > 0)
 
 
 def _joined(feature: torch.Tensor, is_known: torch.Tensor) -> torch.Tensor:
-    return torch.cat([feature / 4, is_known[..., None].float()], -1)
+    return torch.cat([feature / _SCALE, is_known[..., None].float()], -1)
 
 
 @dataclass(frozen=True, slots=True)

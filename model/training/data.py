@@ -319,6 +319,10 @@ class Negatives:
         uniform = self.trained[rng.integers(len(self.trained), size=settings.uniform_negatives)]
         return np.unique(np.concatenate([in_batch, uniform])), np.array([size, len(uniform)])
 
+    def live_rows(self, num_items: int, end_us: int) -> Ints:
+        """Rows that uniform negatives are drawn from with live features: items there were when the log ended."""
+        return np.arange(num_items) if self.born_us_I is None else np.flatnonzero(self.born_us_I <= end_us)
+
 
 class SubjectSampler:
     """Pseudo-context: items that share a category with the positive, never the positive itself."""

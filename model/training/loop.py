@@ -106,7 +106,8 @@ class Trainer:
         self.tower, self.data, self.validation, self.settings = tower.to(device), data, validation, settings
         self.device = torch.device(device)
         self._counts = None if data.live is None else data.live.to(device)
-        self._trained = torch.from_numpy(data.negatives.trained).to(device)
+        self._drawn = torch.from_numpy(data.negatives.live_rows(data.log.num_items, int(data.log.time_us_T.max())))
+        self._drawn = self._drawn.to(device)
         self._first_us_I = torch.from_numpy(data.first_us_I).to(device)
         self._born_us_N = None if (born := data.negatives.born_us_I) is None else torch.from_numpy(born).to(device)
         self.folder = folder
@@ -278,7 +279,7 @@ class Trainer:
         assert batch.live is not None and batch.log_user_B is not None
         bucket_B, item_B1 = batch.live.bucket_B, batch.item_B[:, None]
         negative_BM, log_count_BM = counts.draw(
-            bucket_B, self._trained, settings.live_negatives, settings.live_negative_hours
+            bucket_B, self._drawn, settings.live_negatives, settings.live_negative_hours
         )
         mask_BM = negative_BM == item_B1
         if self._born_us_N is not None:
