@@ -5,13 +5,14 @@
 
 globo-news. Two towers learn from the days before local midnight (03:00 UTC) of 2017-10-10: a plain one, and one with
 live item features (model.live_items). Then every click of the seven local days from there is asked as a request just
-before it, ranked among all articles published by then, less those the user has had. States are cut at 03:00 UTC of the
-click's day, weights stay as they are. The rivals are counted on the same requests, exactly, up to the second:
+before it, ranked among all articles published by then. States are cut at 03:00 UTC of the click's day, weights stay as
+they are. The rivals are counted on the same requests, exactly, up to the second:
 
     popular_10m, _1h, _3h    clicks in the time before the request
     coclick_last             how often others went on from the user's last click to the article, within a day
     coclick_midnight         the same from the last click before midnight
     blend_10m, blend_1h      share of those who went on, / (5 + their number), plus share of all clicks in that time
+    blend_..._unseen         the same, what the user has had already last
 
 The log is for research only and is not part of the repository.
 """
@@ -20,7 +21,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -48,6 +49,7 @@ from model.training.evaluate import (
     make_test_set,
     rank_live,
     repeat_share,
+    seen_items,
 )
 from model.training.loop import TrainResult, train
 from model.training.settings import TrainSettings
@@ -65,7 +67,7 @@ _BLEND_PRIOR = 5.0
 TOWERS = ("state", "state+context", "state+live", "state+context+live", "fresh+context+live")
 RIVALS = (
     *(f"popular_{name}" for name in POPULAR_HOURS), "coclick_last", "coclick_midnight",
-    *(f"blend_{name}" for name in BLENDS),
+    *(f"blend_{name}" for name in BLENDS), *(f"blend_{name}_unseen" for name in BLENDS),
 )  # fmt: skip
 HYBRID = "state+context+live"
 
@@ -127,6 +129,7 @@ def rival_ranks(
     last_B = np.where(before_B >= first_B, events.item_T[before_B], -1)
     night_B = np.where(midnight_B >= first_B, events.item_T[np.maximum(midnight_B, 0)], -1)
     born_N = None if candidates.born_us_N is None else torch.from_numpy(candidates.born_us_N).to(device)
+    earlier = replace(candidates, **dict(zip(("seen_rows", "seen_offsets"), seen_items(events, target_B), strict=True)))
     order = np.argsort(candidates.time_us_B, kind="stable")
     chunk = max(1, (2**26 if device.type == "cuda" else 2**23) // events.num_items)
     ranks = {name: np.empty(len(target_B), np.int64) for name in RIVALS}
@@ -138,15 +141,17 @@ def rival_ranks(
         if born_N is not None:
             excluded |= born_N > time_us.to(device)[:, None]
         last, night = (torch.from_numpy(source_B[part]).to(device) for source_B in (last_B, night_B))
+        had = earlier.excluded(part, device, with_target=True)
         popular = {name: counts.ahead(candidates.time_us_B[part]) for name, counts in running.items()}
         scores = {f"popular_{name}": count_bN for name, count_bN in popular.items()}
         scores["coclick_last"] = coclicks(exact, last, bucket, events.num_items)
         scores["coclick_midnight"] = coclicks(exact, night, bucket, events.num_items)
         for name in BLENDS:
             follow_bN, popular_bN = scores["coclick_last"], popular[name]
-            scores[f"blend_{name}"] = follow_bN / (follow_bN.sum(1, keepdim=True) + _BLEND_PRIOR) + popular_bN / (
-                popular_bN.sum(1, keepdim=True).clamp(min=1)
-            )
+            share_bN = popular_bN / popular_bN.sum(1, keepdim=True).clamp(min=1)
+            blend_bN = share_bN + follow_bN / (follow_bN.sum(1, keepdim=True) + _BLEND_PRIOR)
+            scores[f"blend_{name}"] = blend_bN
+            scores[f"blend_{name}_unseen"] = torch.where(had, blend_bN - 2, blend_bN)
         item = torch.from_numpy(candidates.item_B[part]).to(device)
         for name, score_bN in scores.items():
             ranks[name][part] = ranks_of(score_bN, item, excluded).cpu().numpy()
@@ -256,8 +261,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as registry:
         for name, (config, settings) in towers(args.device).items():
             minutes = args.max_minutes * (PLAIN_SHARE if name == "plain" else 1 - PLAIN_SHARE)
-            config = replace(config, **_chosen(args.config, config))
-            settings = replace(settings, max_minutes=minutes, seed=args.seed, **_chosen(args.settings, settings))
+            config = replace(config, **_chosen(args.config, name))
+            settings = replace(settings, max_minutes=minutes, seed=args.seed, **_chosen(args.settings, name))
             results[name] = train(
                 table, items, None, description, Registry(registry),
                 settings=settings, config=config, device=args.device,
@@ -308,9 +313,12 @@ def some_users(table: pa.Table, items: pa.Table, count: int, seed: int) -> tuple
     return table, pa.table({"item_id": first["item_id"], "available_from_us": first["timestamp_us_min"]})
 
 
-def _chosen(pairs: Sequence[str], target: Any) -> dict[str, Any]:
-    """NAME=JSON pairs as values; those the target lacks are refused by replace."""
-    return {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+def _chosen(pairs: Sequence[str], tower: str) -> dict[str, Any]:
+    """NAME=JSON pairs as values; the plain tower has no part in what is about live features."""
+    values = {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+    return {
+        name: value for name, value in values.items() if tower != "plain" or not name.startswith(("live_", "new_item_"))
+    }
 
 
 def show(report: Mapping[str, Any]) -> str:
@@ -321,9 +329,8 @@ def show(report: Mapping[str, Any]) -> str:
         lines.append(f"{name}: {found['events']:,} clicks of {found['users']:,} users")
         for arm in arms:
             cell = found["recall@20"][arm]
-            lines.append(
-                f"  {arm:22s} {cell['value']:.4f} ({cell['low']:.4f} to {cell['high']:.4f}), ndcg@20 {cell['ndcg@20']:.4f}"
-            )
+            interval = f"{cell['value']:.4f} ({cell['low']:.4f} to {cell['high']:.4f})"
+            lines.append(f"  {arm:22s} {interval}, ndcg@20 {cell['ndcg@20']:.4f}")
         ratio, less = found["hybrid_over_state"], found["hybrid_less_best_rival"]
         lines.append(
             f"  hybrid / state {ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}); hybrid - "
@@ -411,8 +418,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-users", type=int, help="keep so many users of the log only, for a small trial")
     parser.add_argument("--resamples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--config", nargs="*", default=[], metavar="NAME=JSON", help="changes to both towers")
-    parser.add_argument("--settings", nargs="*", default=[], metavar="NAME=JSON", help="changes to both trainings")
+    parser.add_argument("--config", nargs="*", default=[], metavar="NAME=JSON", help="changes to the towers")
+    parser.add_argument("--settings", nargs="*", default=[], metavar="NAME=JSON", help="changes to the trainings")
     parser.add_argument("--out", type=Path, help="folder for the report as JSON")
     parser.add_argument("--no-record", action="store_true")
     parser.add_argument("--plot", type=Path, metavar="REPORT.json", help="only draw a report, beside it")

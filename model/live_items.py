@@ -91,15 +91,21 @@ class LiveCounts:
 
     @classmethod
     def build(
-        cls, user_P: Ints, item_P: Ints, time_us_P: Ints, num_rows: int, config: TowerConfig, *, bucket_s: int | None = None
+        cls,
+        user_P: Ints,
+        item_P: Ints,
+        time_us_P: Ints,
+        num_rows: int,
+        config: TowerConfig,
+        *,
+        bucket_s: int | None = None,
     ) -> Self:
         """user_P, item_P, time_us_P: positive events, users one after another, each oldest event first.
 
         item_P: in [0, num_rows). bucket_s: instead of the config's.
         """
         bucket_us = (bucket_s or config.live_bucket_s) * _SECOND_US
-        origin_us = int(time_us_P.min(initial=np.iinfo(np.int64).max if not len(time_us_P) else int(time_us_P[0])))
-        origin_us = origin_us // bucket_us * bucket_us if len(time_us_P) else 0
+        origin_us = int(time_us_P.min()) // bucket_us * bucket_us if len(time_us_P) else 0
         bucket_P = (time_us_P - origin_us) // bucket_us
         span = int(bucket_P.max(initial=0)) + 2
         follows_P = np.zeros(len(user_P), bool)
@@ -201,7 +207,10 @@ class LiveCounts:
         """
         size, length = len(bucket_B), self.length_of(hours)
         recent = num_draws // 2
-        low_B1, total_B1 = self.before_Q[(bucket_B - length).clamp(min=0)][:, None], self.total(bucket_B, length)[:, None]
+        low_B1, total_B1 = (
+            self.before_Q[(bucket_B - length).clamp(min=0)][:, None],
+            self.total(bucket_B, length)[:, None],
+        )
         device = bucket_B.device
         place_BM = low_B1 + (torch.rand(size, recent, device=device, dtype=torch.float64) * total_B1).long()
         uniform_BM = drawn[torch.randint(len(drawn), (size, num_draws), device=device)]

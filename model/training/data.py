@@ -134,7 +134,6 @@ class EventArrays:
             query_BQ=torch.zeros(size, config.query_dim),
         )
 
-
     def live_counts(self, config: TowerConfig, *, bucket_s: int | None = None) -> LiveCounts:
         """The log's positive events, to be counted as of any time. bucket_s: instead of the config's."""
         index = np.flatnonzero(self.positive_T)
@@ -401,8 +400,18 @@ class StepBatch:
             return self
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
-            for name in ("hidden_B", "item_B", "user_B", "weight_B", "candidate_S", "log_q_S", "time_us_B", "born_us_S",
-                         "log_user_B", "horizon_us_B")
+            for name in (
+                "hidden_B",
+                "item_B",
+                "user_B",
+                "weight_B",
+                "candidate_S",
+                "log_q_S",
+                "time_us_B",
+                "born_us_S",
+                "log_user_B",
+                "horizon_us_B",
+            )
             if (value := getattr(self, name)) is not None
         }
         if self.live is not None:

@@ -214,8 +214,11 @@ class Candidates:
             mask_N[rows[(rows < self.num_items) & (rows != self.item_B[b])]] = False
         return mask_N
 
-    def excluded(self, index_B: Ints, device: torch.device) -> torch.Tensor:
-        """Items that some requests must not be offered because their users had them: bool [B, N]."""
+    def excluded(self, index_B: Ints, device: torch.device, *, with_target: bool = False) -> torch.Tensor:
+        """Items that some requests must not be offered because their users had them: bool [B, N].
+
+        The item asked for stays a candidate, unless with_target.
+        """
         mask_BN = torch.zeros(len(index_B), self.num_items, dtype=torch.bool, device=device)
         if self.seen_rows is not None and self.seen_offsets is not None:
             start_B = self.seen_offsets[index_B]
@@ -223,7 +226,7 @@ class Candidates:
             row = np.repeat(np.arange(len(index_B)), length_B)
             first_B = np.cumsum(length_B) - length_B
             column = self.seen_rows[np.arange(len(row)) + np.repeat(start_B - first_B, length_B)]
-            keep = (column < self.num_items) & (column != self.item_B[index_B][row])
+            keep = (column < self.num_items) & (with_target | (column != self.item_B[index_B][row]))
             mask_BN[torch.from_numpy(row[keep]).to(device), torch.from_numpy(column[keep]).to(device)] = True
         return mask_BN
 
@@ -281,7 +284,10 @@ def rank_live(
         chunk = max(1, (2**28 if item_NE.is_cuda else 2**25) // max(num_items, 1))
     bucket_B = counts.bucket(torch.from_numpy(candidates.time_us_B))
     born_N = None if candidates.born_us_N is None else torch.from_numpy(candidates.born_us_N).to(device)
-    time_us_B, item_B = torch.from_numpy(candidates.time_us_B).to(device), torch.from_numpy(candidates.item_B).to(device)
+    time_us_B, item_B = (
+        torch.from_numpy(candidates.time_us_B).to(device),
+        torch.from_numpy(candidates.item_B).to(device),
+    )
     on_device = {arm: (user.to(device), requests.to(device)) for arm, (user, requests) in arms.items()}
     ranks = {arm: torch.empty(len(item_B), dtype=torch.int64, device=device) for arm in arms}
     row_N = torch.arange(num_items, device=device)
@@ -464,6 +470,15 @@ def excludes_seen(seen: str, repeats: float) -> bool:
     if seen not in ("auto", "exclude", "keep"):
         raise ConfigError(f"seen must be auto, exclude or keep, got {seen!r}")
     return seen == "exclude" or (seen == "auto" and repeats < 0.01)
+
+
+def refuse_live(releases: Sequence[Release]) -> None:
+    """Raises ConfigError for a release that scores live item features: only `quality` ranks by them so far."""
+    for release in releases:
+        if release.config.live_windows_h:
+            raise ConfigError(
+                f"release {release.manifest.release_id} scores live item features; studies take releases without them"
+            )
 
 
 def repeat_share(events: EventArrays) -> float:

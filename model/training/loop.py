@@ -276,7 +276,8 @@ class Trainer:
         user_BV: f32 [B, E + L]. item_IE: f32 [I, E], or [2I, E] where some items are read as unknown.
         """
         tower, config, settings = self.tower, self.tower.featuriser.config, self.settings
-        assert batch.live is not None and batch.log_user_B is not None
+        assert batch.live is not None
+        assert batch.log_user_B is not None
         bucket_B, item_B1 = batch.live.bucket_B, batch.item_B[:, None]
         negative_BM, log_count_BM = counts.draw(
             bucket_B, self._drawn, settings.live_negatives, settings.live_negative_hours
@@ -446,7 +447,12 @@ def train(
         log.warning("%d of %d events are of items the catalogue lacks: history, never a target", outside, len(table))
     validation = validation_targets(arrays, settings, by_time=description.evaluation.split == "time")
     data = TrainingData(
-        arrays, validation, tower.items.embedder, tower.featuriser.config, settings, available_from(items),
+        arrays,
+        validation,
+        tower.items.embedder,
+        tower.featuriser.config,
+        settings,
+        available_from(items),
         description.refresh_offset_us,
     )
     tower.items.embedder.use_hash_rows(torch.from_numpy(data.trained_N))

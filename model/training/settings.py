@@ -93,7 +93,14 @@ class TrainSettings:
         for name in ("stale_share", "lag_share", "subject_share", "final_rate", "validation_share", "new_item_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm", "half_life_days", "max_minutes", "validation_hours", "live_negative_hours"):
+        for name in (
+            "learning_rate",
+            "clip_norm",
+            "half_life_days",
+            "max_minutes",
+            "validation_hours",
+            "live_negative_hours",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be above 0, got {value}")

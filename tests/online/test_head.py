@@ -23,7 +23,9 @@ def load(folder: Path, config: TowerConfig, ids: str = "int64") -> Release:
     return Registry(folder).load(manifest.release_id, parts=("head", "items"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"query_dim": 5, "embedding_dim": 24, "context_dim": 10}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"query_dim": 5, "embedding_dim": 24, "context_dim": 10}, {"live_windows_h": (1.0, 3.0)}]
+)
 @pytest.mark.parametrize("ids", ["int64", "string"])
 def test_it_equals_the_module(tmp_path: Path, changes: dict[str, Any], ids: str) -> None:
     release = load(tmp_path, replace(SMALL, **changes), ids)
