@@ -1,6 +1,6 @@
 """Fresh news: the tower with live item features beside what a newsroom would count, seven days with frozen weights.
 
-    python -m benchmarks.globo [--data FOLDER] [--device cuda] [--max-minutes 5] [--out FOLDER] [--no-record]
+    python -m benchmarks.globo [--data FOLDER] [--device cuda] [--max-minutes 4] [--out FOLDER] [--no-record]
     python -m benchmarks.globo --plot REPORT.json
 
 globo-news. Two towers learn from the days before local midnight (03:00 UTC) of 2017-10-10: a plain one, and one with
@@ -413,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     places = [ROOT / "shared/data", ROOT.parent / "shared/data"]
     parser.add_argument("--data", type=Path, default=next((p for p in places if p.exists()), places[-1]))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--max-minutes", type=float, default=5.0, help="of training, both towers together")
+    parser.add_argument("--max-minutes", type=float, default=4.0, help="of training, both towers together")
     parser.add_argument("--max-test-events", type=int, help="sample the clicks asked down to so many")
     parser.add_argument("--max-users", type=int, help="keep so many users of the log only, for a small trial")
     parser.add_argument("--resamples", type=int, default=200)

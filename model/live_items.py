@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from model.config import TowerConfig
+from model.errors import DataError
 
 Ints = NDArray[np.int64]
 _SECOND_US = 1_000_000
@@ -49,7 +50,11 @@ class CountIndex:
 
     @classmethod
     def build(cls, key_P: Ints, bucket_P: Ints, span: int) -> Self:
-        """key_P: i64 at least 0. bucket_P: i64 in [0, span)."""
+        """key_P: i64 at least 0. bucket_P: i64 in [0, span). Raises DataError where the two do not fit in 63 bits."""
+        if len(key_P) and int(key_P.max()) >= 2**63 // span - 1:
+            raise DataError(
+                f"{int(key_P.max()) + 1} keys times {span} buckets are too many to count; longer buckets help"
+            )
         return cls(torch.from_numpy(np.sort(key_P * span + bucket_P)), span)
 
     def before(self, key: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
