@@ -79,6 +79,8 @@ class TowerConfig:
             raise ConfigError(f"compute_dtype must be float32 or bfloat16, got {self.compute_dtype!r}")
         if self.storage_codec != "float32":
             raise ConfigError(f"storage_codec must be float32, got {self.storage_codec!r}")
+        if not isinstance(self.live_windows_h, list | tuple):
+            raise ConfigError(f"live_windows_h must be a list of hours, got {self.live_windows_h!r}")
         object.__setattr__(self, "live_windows_h", tuple(self.live_windows_h))  # JSON has lists
         for name in ("live_dim", "live_bucket_s", "live_recent"):
             if getattr(self, name) < 1:

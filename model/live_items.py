@@ -239,12 +239,20 @@ class LiveItems(nn.Module):
         self.num_recent = config.live_recent
         self.phi = nn.Sequential(nn.Linear(num_features, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, config.live_dim))
         self.shortcut = nn.Linear(num_features, config.live_dim, bias=False)
-        with torch.no_grad():  # begin as a count: the first value of phi is the mean log count, that of psi about 1
+        num_inputs = num_features + 4 + 1 + config.live_recent
+        self.pair = nn.Sequential(nn.Linear(num_inputs, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, 1))
+        self.pair_shortcut = nn.Linear(num_inputs, 1, bias=False)
+        windows = len(config.live_windows_h)
+        with torch.no_grad():
+            # begin as a count: the first value of phi is the mean log count, that of psi about 1
             self.shortcut.weight.zero_()
-            self.shortcut.weight[0, : 2 * len(config.live_windows_h) : 2] = _SCALE / len(config.live_windows_h)
-        self.pair = nn.Sequential(
-            nn.Linear(num_features + 4 + 1 + config.live_recent, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, 1)
-        )  # fmt: skip
+            self.shortcut.weight[0, : 2 * windows : 2] = _SCALE / windows
+            # and as a blend: softplus(log(share of followers) - log(share of all)) is what makes log(the latter) the
+            # log of their sum; less for what was clicked before the latest
+            self.pair_shortcut.weight.zero_()
+            self.pair_shortcut.weight[0, 2 * (windows // 2) + 1] = -_SCALE
+            self.pair_shortcut.weight[0, num_features + 1 : num_features + 4 : 2] = _SCALE / 2
+            self.pair_shortcut.weight[0, num_features + 6 :] = -2.0
 
     def forward(self, feature: torch.Tensor, is_known: torch.Tensor) -> torch.Tensor:
         """phi. feature: f32 [..., F], from item_features. is_known: bool [...], see ItemTower. Returns f32 [..., L]."""
@@ -267,7 +275,8 @@ class LiveItems(nn.Module):
         """
         latest = F.one_hot(place, self.num_recent).float()
         inputs = torch.cat([_joined(feature, is_known), pair / _SCALE, log_gap[..., None] / _SCALE, latest], -1)
-        return F.softplus(self.pair(inputs)[..., 0]) * (pair[..., 2] > 0)
+        gain: torch.Tensor = F.softplus((self.pair(inputs) + self.pair_shortcut(inputs))[..., 0])
+        return gain * (pair[..., 2] > 0)
 
 
 def _joined(feature: torch.Tensor, is_known: torch.Tensor) -> torch.Tensor:
