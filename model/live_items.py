@@ -163,8 +163,9 @@ class LiveCounts:
     def item_features(self, item: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
         """What is counted of items as of buckets: f32 [..., F].
 
-        item, bucket: i64 of one shape; item in [0, I). For each window and for the whole past: log(1 + count) and
-        log((1 + count) / (1 + count of all items)); then whether the item has had an event, and log(1 + buckets since).
+        item: i64 in [0, I). bucket: i64, of a shape that broadcasts to it. For each window and for the whole past:
+        log(1 + count) and log((1 + count) / (1 + count of all items)); then whether the item has had an event, and
+        log(1 + buckets since the first).
         """
         high, first = self.items.before(item, bucket), self.items.before(item, torch.zeros_like(bucket))
         parts = []
@@ -180,8 +181,9 @@ class LiveCounts:
     def pair_features(self, source: torch.Tensor, item: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
         """What is counted of one item following another as of buckets: f32 [..., 4]; all zero where it never did.
 
-        source, item, bucket: i64 of one shape, in [0, I). log(1 + count) and log((1 + count) / (1 + count of all
-        followers)), for the last hours and for the whole past; the last value but one is log(1 + count) of the latter.
+        item: i64 in [0, I). source, bucket: i64, of shapes that broadcast to it. log(1 + count) and
+        log((1 + count) / (1 + count of all followers)), for the last hours and for the whole past; the last value but
+        one is log(1 + count) of the latter.
         """
         pair = source * self.num_rows + item
         parts = []
@@ -318,12 +320,12 @@ def live_logits(
 
     psi_BL: logits, that is divided by the temperature. item_BM: i64 in [0, I).
     """
-    bucket_BM = requests.bucket_B[:, None].expand_as(item_BM)
-    feature_BMF = counts.item_features(item_BM, bucket_BM)
+    bucket_B1 = requests.bucket_B[:, None]
+    feature_BMF = counts.item_features(item_BM, bucket_B1)
     logit_BM = torch.einsum("bl,bml->bm", psi_BL, live(feature_BMF, is_known_BM))
     for k in range(requests.recent_BK.shape[1]):
-        source_BM = requests.recent_BK[:, k : k + 1].expand_as(item_BM)
-        pair = counts.pair_features(source_BM.clamp(min=0), item_BM, bucket_BM) * (source_BM >= 0)[..., None]
+        source_B1 = requests.recent_BK[:, k : k + 1]
+        pair = counts.pair_features(source_B1.clamp(min=0), item_BM, bucket_B1) * (source_B1 >= 0)[..., None]
         b, m = torch.nonzero(pair[..., 2], as_tuple=True)
         gain = live.follows(
             pair[b, m], feature_BMF[b, m], is_known_BM[b, m], requests.log_gap_BK[b, k], torch.full_like(b, k)
@@ -332,31 +334,37 @@ def live_logits(
     return logit_BM
 
 
+@torch.inference_mode()
 def catalogue_logits(
-    live: LiveItems, counts: LiveCounts, requests: LiveRequests, phi_NL: torch.Tensor, feature_NF: torch.Tensor,
-    is_known_N: torch.Tensor, psi_BL: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """The same for the whole catalogue and requests of one bucket: f32 [B, N].
+    live: LiveItems, counts: LiveCounts, requests: LiveRequests, psi_BL: torch.Tensor, is_known_N: torch.Tensor
+) -> torch.Tensor:
+    """The same for the whole catalogue, items 0 to N - 1: f32 [B, N].
 
-    phi_NL, feature_NF: of the catalogue in that bucket.
+    The catalogue's features are made once for each bucket that the requests have.
     """
-    logit_BN = psi_BL @ phi_NL.T
-    num_items = len(phi_NL)
+    num_items = len(is_known_N)
+    bucket_G, group_B = torch.unique(requests.bucket_B, return_inverse=True)
+    item_GN = torch.arange(num_items, device=psi_BL.device).expand(len(bucket_G), num_items)
+    feature_GNF = counts.item_features(item_GN, bucket_G[:, None])
+    phi_GNL = live(feature_GNF, is_known_N.expand(len(bucket_G), num_items))
+    logit_BN = psi_BL @ phi_GNL[0].T if len(bucket_G) == 1 else torch.einsum("bl,bnl->bn", psi_BL, phi_GNL[group_B])
     for k in range(requests.recent_BK.shape[1]):
         b, item = counts.followers(requests.recent_BK[:, k])
         b, item = b[item < num_items], item[item < num_items]
-        source, bucket = requests.recent_BK[b, k], requests.bucket_B[b]
-        pair = counts.pair_features(source, item, bucket)
+        pair = counts.pair_features(requests.recent_BK[b, k], item, requests.bucket_B[b])
         gain = live.follows(
-            pair, feature_NF[item], is_known_N[item], requests.log_gap_BK[b, k], torch.full_like(b, k)
+            pair, feature_GNF[group_B[b], item], is_known_N[item], requests.log_gap_BK[b, k], torch.full_like(b, k)
         )  # fmt: skip
         logit_BN.index_put_((b, item), gain, accumulate=True)
     return logit_BN
 
 
-def by_bucket(bucket_B: Ints, chunk: int) -> Iterator[Ints]:
-    """Positions of requests of one bucket, at most `chunk` at a time."""
+def time_chunks(bucket_B: Ints, most_requests: int, most_buckets: int) -> Iterator[Ints]:
+    """Positions of requests in the order of their buckets, so many at a time, of at most so many buckets."""
     order = np.argsort(bucket_B, kind="stable")
-    edges = np.flatnonzero(np.diff(bucket_B[order])) + 1
-    for part in np.split(order, edges):
-        yield from (part[start : start + chunk] for start in range(0, len(part), chunk))
+    bucket_of = np.cumsum(np.diff(bucket_B[order], prepend=bucket_B[order[:1]]) > 0)  # numbered from 0
+    start = 0
+    while start < len(order):
+        end = min(start + most_requests, int(np.searchsorted(bucket_of, bucket_of[start] + most_buckets)))
+        yield order[start:end]
+        start = end

@@ -28,7 +28,7 @@ from model.encoder import Encoder
 from model.errors import CheckpointError, ConfigError, DataError, TowerError
 from model.event_log import read_items, read_log, read_users
 from model.item_tower import ItemTower
-from model.live_items import LiveCounts, LiveItems, LiveRequests, by_bucket, catalogue_logits
+from model.live_items import LiveCounts, LiveItems, LiveRequests, catalogue_logits, time_chunks
 from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue, ranks_of
 from model.release import Registry, Release
 from model.training.data import (
@@ -270,45 +270,32 @@ def rank_live(
     arms: Mapping[str, tuple[torch.Tensor, LiveRequests]],
     candidates: Candidates,
     *,
-    chunk: int | None = None,
+    chunk: int = 256,
 ) -> dict[str, Ints]:
-    """Ranks by the whole score with live features, requests of one bucket at a time, all arms at once.
+    """Ranks by the whole score with live features, requests of neighbouring buckets at a time, all arms at once.
 
     counts: on the catalogue's device. arms: user vectors f32 [B, E + L] and what the live part asks, by name; the same
-    requests in every arm. chunk: requests at a time, by default as many as make 2**25 scores (2**28 on a GPU).
+    requests in every arm. chunk: requests at a time.
     """
-    item_NE, live = catalogue.item_NE, catalogue.live
+    item_NE, is_known_N = catalogue.item_NE, catalogue.is_known_N
     num_items, width = item_NE.shape
     device = item_NE.device
-    if chunk is None:
-        chunk = max(1, (2**28 if item_NE.is_cuda else 2**25) // max(num_items, 1))
-    bucket_B = counts.bucket(torch.from_numpy(candidates.time_us_B))
+    most_values = 2**28 if item_NE.is_cuda else 2**25
+    most_buckets = max(1, most_values // (num_items * 64))
+    time_us_B, item_B = (torch.from_numpy(x).to(device) for x in (candidates.time_us_B, candidates.item_B))
     born_N = None if candidates.born_us_N is None else torch.from_numpy(candidates.born_us_N).to(device)
-    time_us_B, item_B = (
-        torch.from_numpy(candidates.time_us_B).to(device),
-        torch.from_numpy(candidates.item_B).to(device),
-    )
     on_device = {arm: (user.to(device), requests.to(device)) for arm, (user, requests) in arms.items()}
     ranks = {arm: torch.empty(len(item_B), dtype=torch.int64, device=device) for arm in arms}
-    row_N = torch.arange(num_items, device=device)
-    features: tuple[int, torch.Tensor, torch.Tensor] | None = None
-    for part in by_bucket(bucket_B.numpy(), chunk):
-        bucket = int(bucket_B[part[0]])
-        if features is None or features[0] != bucket:
-            feature_NF = counts.item_features(row_N, torch.full_like(row_N, bucket))
-            features = bucket, feature_NF, live(feature_NF, catalogue.is_known_N)
-        _, feature_NF, phi_NL = features
+    for part in time_chunks(counts.bucket(time_us_B).cpu().numpy(), chunk, most_buckets):
         rows = torch.from_numpy(part).to(device)
         excluded_BN = candidates.excluded(part, device)
         if born_N is not None:
             excluded_BN |= born_N > time_us_B[rows][:, None]
         for arm, (user_BV, requests) in on_device.items():
-            user = user_BV[rows] / catalogue.temperature
-            score_BN = user[:, :width] @ item_NE.T
-            score_BN += catalogue_logits(
-                live, counts, requests.rows(rows), phi_NL, feature_NF, catalogue.is_known_N, user[:, width:]
-            )
-            ranks[arm][rows] = ranks_of(score_BN, item_B[rows], excluded_BN)
+            user_bV = user_BV[rows] / catalogue.temperature
+            score_bN = user_bV[:, :width] @ item_NE.T
+            score_bN += catalogue_logits(catalogue.live, counts, requests.rows(rows), user_bV[:, width:], is_known_N)
+            ranks[arm][rows] = ranks_of(score_bN, item_B[rows], excluded_BN)
     return {arm: rank_B.cpu().numpy() for arm, rank_B in ranks.items()}
 
 

@@ -9,7 +9,7 @@ import torch
 
 from model.config import TowerConfig
 from model.errors import ConfigError
-from model.live_items import LiveCounts, LiveItems, LiveRequests, by_bucket, catalogue_logits, live_logits
+from model.live_items import LiveCounts, LiveItems, LiveRequests, catalogue_logits, live_logits, time_chunks
 
 HOUR_US = 3_600_000_000
 MINUTE_US = 60_000_000
@@ -110,20 +110,33 @@ def test_some_items_and_the_whole_catalogue_score_alike():
     requests = LiveRequests(bucket, torch.tensor([[1, 2], [3, -1], [-1, -1]]), torch.rand(3, 2) * 5)
     psi = torch.randn(3, 4)
     items = torch.arange(5)
-    feature = COUNTS.item_features(items, bucket[:1].expand(5))
-    whole = catalogue_logits(live, COUNTS, requests, live(feature, is_known), feature, is_known, psi)
+    whole = catalogue_logits(live, COUNTS, requests, psi, is_known)
     some = live_logits(live, COUNTS, requests, psi, items.expand(3, 5), is_known.expand(3, 5))
     torch.testing.assert_close(some, whole, rtol=1e-5, atol=1e-5)
-    alone = catalogue_logits(live, COUNTS, requests.without_recent(), live(feature, is_known), feature, is_known, psi)
+    alone = catalogue_logits(live, COUNTS, requests.without_recent(), psi, is_known)
     gain = whole - alone
     # 1 was followed by 2 and 2 by 3, but the latter in the request's own bucket
     assert gain[0, 2] > 0.01
     assert int((gain.abs() > 1e-6).sum()) == 1
 
 
-def test_requests_of_a_bucket_go_together():
-    parts = [part.tolist() for part in by_bucket(np.array([4, 2, 4, 2, 4]), 2)]
-    assert parts == [[1, 3], [0, 2], [4]]
+def test_requests_of_many_buckets_score_as_those_of_one():
+    torch.manual_seed(2)
+    live = LiveItems(CONFIG).requires_grad_(False)
+    bucket = at(COUNTS, [119, 5, 119, 300])
+    requests = LiveRequests(bucket, torch.tensor([[1, 2], [1, -1], [2, 1], [1, 1]]), torch.rand(4, 2))
+    psi, is_known = torch.randn(4, 4), torch.tensor([True, False, True, True, False])
+    together = catalogue_logits(live, COUNTS, requests, psi, is_known)
+    for b in range(4):
+        alone = catalogue_logits(live, COUNTS, requests.rows(slice(b, b + 1)), psi[b : b + 1], is_known)
+        torch.testing.assert_close(together[b : b + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_keep_to_both_bounds():
+    buckets = np.array([4, 2, 4, 2, 4, 9])
+    assert [part.tolist() for part in time_chunks(buckets, 2, 9)] == [[1, 3], [0, 2], [4, 5]]
+    assert [part.tolist() for part in time_chunks(buckets, 9, 2)] == [[1, 3, 0, 2, 4], [5]]
+    assert list(time_chunks(buckets[:0], 9, 2)) == []
 
 
 @pytest.mark.parametrize("windows", [(3.0, 1.0), (1.0, 1.0), (0.1,)])
