@@ -1,6 +1,6 @@
 """Fresh news: the tower with live item features beside what a newsroom would count, seven days with frozen weights.
 
-    python -m benchmarks.globo [--data FOLDER] [--device cuda] [--max-minutes 4] [--out FOLDER] [--no-record]
+    python -m benchmarks.globo [--data FOLDER] [--device cuda] [--max-minutes 3.5] [--out FOLDER] [--no-record]
     python -m benchmarks.globo --plot REPORT.json
 
 globo-news. Two towers learn from the days before local midnight (03:00 UTC) of 2017-10-10: a plain one, and one with
@@ -76,7 +76,7 @@ def towers(device: str) -> dict[str, tuple[TowerConfig, TrainSettings]]:
     """Config and settings of the plain tower and of the one with live item features."""
     config, settings = quality.news(device)
     live_config = replace(config, live_windows_h=(1 / 6, 0.5, 1.0, 3.0, 24.0), live_bucket_s=60, item_dropout=0.1)
-    live_settings = replace(settings, new_item_share=0.9, new_item_days=DAYS, live_negatives=64)
+    live_settings = replace(settings, new_item_share=1.0, new_item_days=DAYS, live_negatives=64)
     return {"plain": (config, settings), "live": (live_config, live_settings)}
 
 
@@ -413,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     places = [ROOT / "shared/data", ROOT.parent / "shared/data"]
     parser.add_argument("--data", type=Path, default=next((p for p in places if p.exists()), places[-1]))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--max-minutes", type=float, default=4.0, help="of training, both towers together")
+    parser.add_argument("--max-minutes", type=float, default=3.5, help="of training, both towers together")
     parser.add_argument("--max-test-events", type=int, help="sample the clicks asked down to so many")
     parser.add_argument("--max-users", type=int, help="keep so many users of the log only, for a small trial")
     parser.add_argument("--resamples", type=int, default=200)

@@ -15,7 +15,7 @@ Legend: P positive events, I item rows, N catalogue items, W windows, F features
 L width of the live part, B requests, K recent items of a request, M draws.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -302,6 +302,11 @@ class LiveRequests:
     def without_recent(self) -> "LiveRequests":
         """The same requests, nothing known of the latest items."""
         return LiveRequests(self.bucket_B, torch.full_like(self.recent_BK, -1), self.log_gap_BK)
+
+    @classmethod
+    def joined(cls, parts: Sequence["LiveRequests"]) -> "LiveRequests":
+        """Requests one part after another."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def rows(self, index: slice | torch.Tensor) -> "LiveRequests":
         """Some of the requests."""

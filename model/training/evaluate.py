@@ -284,19 +284,20 @@ def rank_live(
     most_buckets = max(1, most_values // (num_items * 64))
     time_us_B, item_B = (torch.from_numpy(x).to(device) for x in (candidates.time_us_B, candidates.item_B))
     born_N = None if candidates.born_us_N is None else torch.from_numpy(candidates.born_us_N).to(device)
-    on_device = {arm: (user.to(device), requests.to(device)) for arm, (user, requests) in arms.items()}
-    ranks = {arm: torch.empty(len(item_B), dtype=torch.int64, device=device) for arm in arms}
+    on_device = [(user.to(device), requests.to(device)) for user, requests in arms.values()]
+    rank_AB = torch.empty(len(arms), len(item_B), dtype=torch.int64, device=device)
     for part in time_chunks(counts.bucket(time_us_B).cpu().numpy(), chunk, most_buckets):
         rows = torch.from_numpy(part).to(device)
         excluded_BN = candidates.excluded(part, device)
         if born_N is not None:
             excluded_BN |= born_N > time_us_B[rows][:, None]
-        for arm, (user_BV, requests) in on_device.items():
-            user_bV = user_BV[rows] / catalogue.temperature
-            score_bN = user_bV[:, :width] @ item_NE.T
-            score_bN += catalogue_logits(catalogue.live, counts, requests.rows(rows), user_bV[:, width:], is_known_N)
-            ranks[arm][rows] = ranks_of(score_bN, item_B[rows], excluded_BN)
-    return {arm: rank_B.cpu().numpy() for arm, rank_B in ranks.items()}
+        user_bV = torch.cat([user_BV[rows] for user_BV, _ in on_device]) / catalogue.temperature
+        asked = LiveRequests.joined([requests.rows(rows) for _, requests in on_device])
+        score_bN = user_bV[:, :width] @ item_NE.T
+        score_bN += catalogue_logits(catalogue.live, counts, asked, user_bV[:, width:], is_known_N)
+        rank_b = ranks_of(score_bN, item_B[rows].repeat(len(arms)), excluded_BN.repeat(len(arms), 1))
+        rank_AB[:, rows] = rank_b.view(len(arms), -1)
+    return dict(zip(arms, rank_AB.cpu().numpy(), strict=True))
 
 
 def popularity_ranks(count_N: Ints, item_B: Ints, candidate: Callable[[int], NDArray[np.bool_] | None]) -> Ints:

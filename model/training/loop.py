@@ -282,13 +282,13 @@ class Trainer:
         negative_BM, log_count_BM = counts.draw(
             bucket_B, self._drawn, settings.live_negatives, settings.live_negative_hours
         )
-        mask_BM = negative_BM == item_B1
+        num_items = self.data.log.num_items
+        mask_BM = (negative_BM == item_B1) | (negative_BM >= num_items)
         if self._born_us_N is not None:
-            born = self._born_us_N[negative_BM.clamp(max=len(self._born_us_N) - 1)]
-            mask_BM |= (born > batch.time_us_B[:, None]) | (negative_BM >= len(self._born_us_N))
+            mask_BM |= self._born_us_N[negative_BM.clamp(max=num_items - 1)] > batch.time_us_B[:, None]
         if settings.mask_same_user:
             pair_BM = batch.log_user_B[:, None] * counts.num_rows + negative_BM
-            mask_BM |= counts.seen.since(pair_BM, bucket_B[:, None].expand_as(pair_BM)) > 0
+            mask_BM |= counts.seen.since(pair_BM, bucket_B[:, None]) > 0
         candidate_BM = torch.cat([item_B1, negative_BM], 1)
         row_BM = candidate_BM
         if batch.horizon_us_B is not None:

@@ -214,15 +214,18 @@ def test_live_ranks_are_those_of_the_whole_score(tmp_path):
     requests = arrays.live_requests(target, counts, config)
     users = embed_requests(release.encoder, release.head, release.item_table, arrays, target, cut)
     catalogue = LiveCatalogue.of(release.items, release.item_table)
-    found = rank_live(catalogue, counts, {"context": (users, requests)}, candidates, chunk=1)["context"]
+    arms = {"recent": (users, requests), "nothing recent": (users, requests.without_recent())}
+    found = rank_live(catalogue, counts, arms, candidates, chunk=2)
     item_BN = torch.arange(7).expand(5, 7)
-    with torch.no_grad():
-        logits = users[:, :8] @ release.item_table[:7].T / 0.07 + live_logits(
-            release.items.live, counts, requests, users[:, 8:] / 0.07, item_BN, release.items.is_known(item_BN)
-        )
-    for b, (score, item) in enumerate(zip(logits, arrays.item_T[target].tolist(), strict=True)):
-        allowed = candidates.mask(b)
-        assert found[b] == 1 + sum(bool(allowed[n]) and bool(score[n] > score[item]) for n in range(7))
+    for arm, (_, asked) in arms.items():
+        with torch.no_grad():
+            score_BN = users[:, :8] @ release.item_table[:7].T / 0.07 + live_logits(
+                release.items.live, counts, asked, users[:, 8:] / 0.07, item_BN, release.items.is_known(item_BN)
+            )
+        for b, item in enumerate(arrays.item_T[target].tolist()):
+            allowed = candidates.mask(b)
+            ahead = [bool(allowed[n]) and bool(score_BN[b, n] > score_BN[b, item]) for n in range(7)]
+            assert found[arm][b] == 1 + sum(ahead)
     report = evaluate_quality(release, table, items, None, ks=(2,), resamples=20)
     assert set(report["arms"]) == {"context", "no_context", "popularity", "recent_popularity"}
     with pytest.raises(ConfigError, match="studies take releases without them"):

@@ -10,6 +10,7 @@ import torch
 from model.config import TowerConfig
 from model.errors import ConfigError
 from model.live_items import LiveCounts, LiveItems, LiveRequests, catalogue_logits, live_logits, time_chunks
+from tests.releases import make_tower
 
 HOUR_US = 3_600_000_000
 MINUTE_US = 60_000_000
@@ -149,3 +150,20 @@ def test_the_config_keeps_its_windows():
     assert TowerConfig.from_dict(CONFIG.to_dict() | {"live_windows_h": [1.0, 3.0]}) == CONFIG
     assert CONFIG.live_width == 4
     assert replace(CONFIG, live_windows_h=()).live_width == 0
+
+
+def test_an_item_read_as_unknown_keeps_its_features_and_loses_its_id():
+    tower, _ = make_tower()
+    items, embedder = tower.items, tower.items.embedder
+    rows, count = embedder.num_rows, embedder.shape.num_items
+    with torch.no_grad():
+        unknown = embedder(torch.arange(count) + rows)
+        same_id = embedder.id_embedding.weight[embedder.hash_row_I[:count]] - embedder.id_embedding.weight[:count]
+        torch.testing.assert_close(unknown, embedder(torch.arange(count)) + same_id)
+        table = items.table(with_unknown=True)
+        torch.testing.assert_close(table[:rows], items.table())
+        torch.testing.assert_close(table[rows:], items(torch.arange(rows) + rows))
+        torch.testing.assert_close(table[rows + count :], table[count:rows])  # hash rows have nothing to lose
+    assert items.is_known(torch.tensor([0, count - 1, count, rows, rows + 1])).tolist() == [True, True] + [False] * 3
+    embedder.use_hash_rows(torch.arange(count) > 0)
+    assert items.is_known(torch.tensor([0, 1])).tolist() == [False, True]
