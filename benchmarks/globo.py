@@ -75,7 +75,10 @@ HYBRID = "state+context+live"
 def towers(device: str) -> dict[str, tuple[TowerConfig, TrainSettings]]:
     """Config and settings of the plain tower and of the one with live item features."""
     config, settings = quality.news(device)
-    live_config = replace(config, live_windows_h=(1 / 6, 0.5, 1.0, 3.0, 24.0), live_bucket_s=60, item_dropout=0.1)
+    # a cosine over 0.06 begins as noise of size 16, above any count; over 0.2 the first epochs are not lost to it
+    live_config = replace(
+        config, live_windows_h=(1 / 6, 0.5, 1.0, 3.0, 24.0), live_bucket_s=60, item_dropout=0.1, temperature=0.2
+    )
     live_settings = replace(settings, new_item_share=1.0, new_item_days=DAYS, live_negatives=64)
     return {"plain": (config, settings), "live": (live_config, live_settings)}
 
