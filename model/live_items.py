@@ -30,7 +30,8 @@ from model.errors import DataError
 
 Ints = NDArray[np.int64]
 _SECOND_US = 1_000_000
-_HIDDEN = 64
+HIDDEN = 64
+"""Width of the two small networks."""
 _SCALE = 4.0
 """Divides logarithms of counts, to about 1."""
 _FOLLOW_US = 24 * 3600 * _SECOND_US
@@ -238,11 +239,11 @@ class LiveItems(nn.Module):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         num_features = 2 * (len(config.live_windows_h) + 1) + 2 + 1
-        self.num_recent = config.live_recent
-        self.phi = nn.Sequential(nn.Linear(num_features, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, config.live_dim))
+        self.num_recent, self.width = config.live_recent, config.live_dim
+        self.phi = nn.Sequential(nn.Linear(num_features, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, config.live_dim))
         self.shortcut = nn.Linear(num_features, config.live_dim, bias=False)
         num_inputs = num_features + 4 + 1 + config.live_recent
-        self.pair = nn.Sequential(nn.Linear(num_inputs, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, 1))
+        self.pair = nn.Sequential(nn.Linear(num_inputs, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
         self.pair_shortcut = nn.Linear(num_inputs, 1, bias=False)
         windows = len(config.live_windows_h)
         with torch.no_grad():

@@ -28,7 +28,7 @@ from model.encoder import Encoder
 from model.errors import CheckpointError, ConfigError, DataError, TowerError
 from model.event_log import read_items, read_log, read_users
 from model.item_tower import ItemTower
-from model.live_items import LiveCounts, LiveItems, LiveRequests, catalogue_logits, time_chunks
+from model.live_items import HIDDEN, LiveCounts, LiveItems, LiveRequests, catalogue_logits, time_chunks
 from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue, ranks_of
 from model.release import Registry, Release
 from model.training.data import (
@@ -270,18 +270,20 @@ def rank_live(
     arms: Mapping[str, tuple[torch.Tensor, LiveRequests]],
     candidates: Candidates,
     *,
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> dict[str, Ints]:
     """Ranks by the whole score with live features, requests of neighbouring buckets at a time, all arms at once.
 
     counts: on the catalogue's device. arms: user vectors f32 [B, E + L] and what the live part asks, by name; the same
-    requests in every arm. chunk: requests at a time.
+    requests in every arm. chunk: requests at a time; by default as many as fit 2**26 values at once (2**30 on a GPU).
     """
     item_NE, is_known_N = catalogue.item_NE, catalogue.is_known_N
     num_items, width = item_NE.shape
     device = item_NE.device
-    most_values = 2**28 if item_NE.is_cuda else 2**25
-    most_buckets = max(1, most_values // (num_items * 64))
+    most_values = (2**30 if item_NE.is_cuda else 2**26) // num_items
+    most_buckets = max(1, most_values // HIDDEN)
+    if chunk is None:
+        chunk = max(1, most_values // (len(arms) * catalogue.live.width))
     time_us_B, item_B = (torch.from_numpy(x).to(device) for x in (candidates.time_us_B, candidates.item_B))
     born_N = None if candidates.born_us_N is None else torch.from_numpy(candidates.born_us_N).to(device)
     on_device = [(user.to(device), requests.to(device)) for user, requests in arms.values()]
