@@ -53,6 +53,14 @@ class TowerConfig:
     """dtype of the encoder's matrix products: float32 or bfloat16."""
     storage_codec: str = "float32"
     """How a state is stored: float32, float16 or int8 (model.state_codec)."""
+    live_windows_h: tuple[float, ...] = ()
+    """Spans before a request, in hours, over which an item's events are counted; none means no live features."""
+    live_dim: int = 16
+    """Width L of the live part that user and item vectors get behind their E values; read where there are windows."""
+    live_bucket_s: int = 60
+    """Counts are taken at whole multiples of so many seconds; a request sees the last one at or before it."""
+    live_recent: int = 3
+    """Most of a request's latest session events whose followers are scored; see model.live_items."""
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -80,11 +88,27 @@ class TowerConfig:
             raise ConfigError(f"compute_dtype must be float32 or bfloat16, got {self.compute_dtype!r}")
         if self.storage_codec not in ("float32", "float16", "int8"):
             raise ConfigError(f"storage_codec must be float32, float16 or int8, got {self.storage_codec!r}")
+        if not isinstance(self.live_windows_h, list | tuple):
+            raise ConfigError(f"live_windows_h must be a list of hours, got {self.live_windows_h!r}")
+        object.__setattr__(self, "live_windows_h", tuple(self.live_windows_h))  # JSON has lists
+        for name in ("live_dim", "live_bucket_s", "live_recent"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        windows = self.live_windows_h
+        if list(windows) != sorted(set(windows)) or any(hours * 3600 < self.live_bucket_s for hours in windows):
+            raise ConfigError(
+                f"live_windows_h must rise and be at least live_bucket_s ({self.live_bucket_s} s) each, got {windows}"
+            )
 
     @property
     def state_width(self) -> int:
         """Numbers of a stored state: its tokens, one after another."""
         return self.state_tokens * self.d_model
+
+    @property
+    def live_width(self) -> int:
+        """L where there are live features, else 0: user vectors have E + L values."""
+        return self.live_dim if self.live_windows_h else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

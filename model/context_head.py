@@ -100,11 +100,17 @@ class ContextHead(nn.Module):
         self.hidden = nn.Linear(joined, config.head_hidden)
         self.out = nn.Linear(config.head_hidden, config.embedding_dim)
         self.shortcut = nn.Linear(joined, config.embedding_dim, bias=False)
+        self.live = nn.Linear(config.head_hidden, config.live_width) if config.live_width else None
+        if self.live is not None:
+            with torch.no_grad():
+                self.live.bias[0] = 1.0
 
     def forward(self, state_BD: torch.Tensor, context: ContextFeatures, item_IE: torch.Tensor) -> torch.Tensor:
         """state_BD: f32 [B, W], the cold state where a user has none. item_IE: f32 [I, E], the item tower's rows.
 
-        Returns f32 [B, E], L2-normalised. In training, parts of the context and whole states are dropped at random.
+        Returns f32 [B, E], L2-normalised; with live features f32 [B, E + L], whose last L values weigh the live part
+        of items (model.live_items) and are scaled like the cosine: divided by the temperature they are logits.
+        In training, parts of the context and whole states are dropped at random.
         """
         if self.training:
             state_BD, context = self._drop(state_BD, context)
@@ -115,7 +121,11 @@ class ContextHead(nn.Module):
             state_BD = self.fusion(state_BD, session_BC, other_BC)
         joined = torch.cat([state_BD, session_BC, other_BC], -1)
         joined = self.dropout(joined)
-        return F.normalize(self.out(F.gelu(self.hidden(joined))) + self.shortcut(joined), dim=-1)
+        hidden = F.gelu(self.hidden(joined))
+        user_BE = F.normalize(self.out(hidden) + self.shortcut(joined), dim=-1)
+        if self.live is None:
+            return user_BE
+        return torch.cat([user_BE, self.live(hidden) * self.config.temperature], -1)
 
     def _context(self, context: ContextFeatures, item_IE: torch.Tensor) -> torch.Tensor:
         weight_BM = context.subject_weight_BM

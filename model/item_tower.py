@@ -18,6 +18,7 @@ from model.config import TowerConfig
 from model.dataset import DatasetDescription
 from model.errors import DataError, ShapeError
 from model.features import Featuriser, frequent_values
+from model.live_items import LiveItems
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,13 @@ class ItemEmbedder(nn.Module):
         self.register_buffer("id_row_I", rows)
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
-        """index: i64 [...], in [0, I). Returns f32 [..., D]."""
-        row = self.id_row_I[index]
+        """index: i64 [...], in [0, I); index + I is the same item, known by its hash row only, as before training.
+
+        Returns f32 [..., D].
+        """
+        unknown = index >= self.num_rows
+        index = index - self.num_rows * unknown
+        row = torch.where(unknown, self.hash_row_I[index], self.id_row_I[index])
         if self.training and self.item_dropout > 0:
             drop = torch.rand(index.shape, device=index.device) < self.item_dropout
             row = torch.where(drop, self.hash_row_I[index], row)
@@ -177,6 +183,8 @@ class ItemTower(nn.Module):
     def __init__(self, config: TowerConfig, embedder: ItemEmbedder) -> None:
         super().__init__()
         self.embedder = embedder
+        self.temperature = config.temperature
+        self.live = LiveItems(config) if config.live_windows_h else None
         self.projection = nn.Linear(config.d_model, config.embedding_dim)
         if config.d_model == config.embedding_dim:
             with torch.no_grad():
@@ -184,10 +192,15 @@ class ItemTower(nn.Module):
                 self.projection.bias.zero_()
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
-        """index: i64 [...], in [0, I). Returns f32 [..., E], L2-normalised."""
+        """index: i64 [...], as ItemEmbedder takes it. Returns f32 [..., E], L2-normalised."""
         return F.normalize(self.projection(self.embedder(index)), dim=-1)
 
-    def table(self, *, chunk: int = 65_536) -> torch.Tensor:
-        """All rows: f32 [I, E], catalogue first, then the hash rows."""
-        rows = torch.arange(self.embedder.num_rows, device=self.projection.weight.device)
+    def table(self, *, with_unknown: bool = False, chunk: int = 65_536) -> torch.Tensor:
+        """All rows: f32 [I, E], catalogue first, then the hash rows; with_unknown: [2I, E], then each as unknown."""
+        rows = torch.arange(self.embedder.num_rows * (1 + with_unknown), device=self.projection.weight.device)
         return torch.cat([self(part) for part in torch.split(rows, chunk)])
+
+    def is_known(self, index: torch.Tensor) -> torch.Tensor:
+        """Whether an item is known by an id of its own: bool, the index's shape. index: as ItemEmbedder takes it."""
+        row = index.clamp(max=self.embedder.num_rows - 1)
+        return (index < self.embedder.shape.num_items) & (self.embedder.id_row_I[row] == index)

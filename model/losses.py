@@ -156,6 +156,34 @@ def gbce(
     return (loss_B * weight_B).sum() / weight_B.sum().clamp_min(torch.finfo(loss_B.dtype).tiny)
 
 
+def sampled_softmax_each(
+    positive_B: torch.Tensor,
+    negative_BM: torch.Tensor,
+    mask_BM: torch.Tensor,
+    log_count_BM: torch.Tensor,
+    weight_B: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same loss where every target has negatives of its own: -log( e^p / (e^p + sum_m e^(n_m - log c_m)) ).
+
+    positive_B, negative_BM: logits, f32 or f64. mask_BM: True where a draw is no negative.
+    log_count_BM: log of how often the draw's item was expected among the target's M draws, over all the distributions
+    they came from; then the sum over draws is the sum over all other items on average.
+    weight_B: weights of the targets in the mean; None means 1 each, all 0 gives 0. Returns a scalar.
+    Source: Bengio and Senecal 2008, eq. 7; for several distributions Veach and Guibas, SIGGRAPH 1995, eq. 14 (the
+    balance heuristic).
+    """
+    if not negative_BM.shape == mask_BM.shape == log_count_BM.shape or negative_BM.shape[:1] != positive_B.shape:
+        raise ShapeError(
+            f"negatives {tuple(negative_BM.shape)}, their mask {tuple(mask_BM.shape)} and log counts "
+            f"{tuple(log_count_BM.shape)} must be [B, M], and B {len(positive_B)}"
+        )
+    logit_BM = (negative_BM - log_count_BM).masked_fill(mask_BM, torch.finfo(negative_BM.dtype).min / 4)
+    loss_B = F.softplus(torch.logsumexp(logit_BM, 1) - positive_B)
+    if weight_B is None:
+        return loss_B.mean()
+    return (loss_B * weight_B).sum() / weight_B.sum().clamp_min(torch.finfo(weight_B.dtype).tiny)
+
+
 def collision_mask(
     user_B: torch.Tensor, item_B: torch.Tensor, candidate_S: torch.Tensor, num_items: int, *, same_user: bool = True
 ) -> torch.Tensor:

@@ -68,7 +68,7 @@ _STATE_FIELDS = (
 )  # fmt: skip
 _STATE_DESCRIPTION = ("user_id_type", "item_id_type", "event_types", "order_column", "event_columns", "item_columns")
 _STATE_SOURCES = ("features.py", "encoder.py", "item_tower.py", "state_codec.py")
-_EMBEDDING_SOURCES = ("context_head.py",)
+_EMBEDDING_SOURCES = ("context_head.py", "live_items.py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

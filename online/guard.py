@@ -222,7 +222,10 @@ def searchable(
     """The set with only those releases that the caller accepts and that have a matching index: `decide` picks among
     them. Raises StateMismatch where there is none."""
     accepted = residents.candidates(expected_embedding_version, accept_previous)
-    matching = tuple(r for r in accepted if r.index is not None and index_matches(r, r.index))
+    plain = [r for r in accepted if not r.config.live_windows_h]
+    if accepted and not plain:
+        raise StateMismatch("the release scores live item features, which this service does not hold yet")
+    matching = tuple(r for r in plain if r.index is not None and index_matches(r, r.index))
     if not matching:
         wanted = expected_embedding_version or " or ".join(r.embedding_version for r in accepted)
         there = ", ".join(f"{r.embedding_version} ({r.role.value}, {_items(r.index)})" for r in residents.residents)

@@ -115,10 +115,14 @@ class ServingHead:
             self._give_DD, self._give_bias_D = _array(head.fusion.give.weight.T), _array(head.fusion.give.bias)
         self._hidden = head.hidden.weight.shape[0]
         self._out_HE = _array(head.out.weight.T)
+        self._has_live = head.live is not None
+        if head.live is not None:  # behind the E values, not normalised
+            self._live_HL = _array(head.live.weight.T) * np.float32(config.temperature)
+            self._live_bias_L = _array(head.live.bias) * np.float32(config.temperature)
         self._check(release)
 
     def embed(self, states: Floats, contexts: Sequence[Context], history_until_us: Sequence[int | None]) -> Floats:
-        """As `Release.embed`: f32 [B, W] to f32 [B, E], L2-normalised."""
+        """As `Release.embed`: f32 [B, W] to f32 [B, E], L2-normalised, or [B, E + L] with live item features."""
         features = self._featuriser.context_arrays(contexts, history_until_us)
         size = len(states)
         row = np.empty((size, self._width), np.float32)
@@ -138,7 +142,9 @@ class ServingHead:
         embedding_BE += product_BN[:, self._hidden :]
         length_B = np.sqrt(np.vecdot(embedding_BE, embedding_BE))
         embedding_BE /= np.maximum(length_B, _SHORTEST)[:, None]
-        return embedding_BE
+        if not self._has_live:
+            return embedding_BE
+        return np.concatenate([embedding_BE, hidden_BH @ self._live_HL + self._live_bias_L], 1)
 
     def _write_context(self, features: ContextArrays, row: Floats) -> None:
         """Writes the context's vector, less its mean."""

@@ -28,6 +28,7 @@ from model.training.evaluate import (
     encode_requests,
     excludes_seen,
     make_test_set,
+    refuse_live,
     repeat_share,
 )
 from model.training.skew import named, read_arrays
@@ -96,6 +97,7 @@ def bridge_study(
     """
     if old.manifest.state_version == new.manifest.state_version:
         raise ConfigError(f"both releases have state version {new.manifest.state_version}: no bridge is needed")
+    refuse_live((old, new))
     description = description or new.manifest.description
     old_events, new_events = read_arrays((old, new), table, users, description)
     test = make_test_set(table, new_events, description, limit=max_test_events, seed=seed)

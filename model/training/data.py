@@ -23,16 +23,18 @@ from numpy.typing import NDArray
 
 from model.config import TowerConfig
 from model.dataset import DatasetDescription
-from model.errors import DataError
+from model.errors import ConfigError, DataError
 from model.event_log import offsets_of
 from model.features import ContextFeatures, EventFeatures, Featuriser, gap_bucket, hour_of, weekday_of
 from model.item_tower import ItemEmbedder
+from model.live_items import LiveCounts, LiveRequests
 from model.losses import log_inclusion
 from model.training.settings import TrainSettings
 
 Ints = NDArray[np.int64]
 _SECOND_US = 1_000_000
-_DAY_US = 86_400 * _SECOND_US
+DAY_US = 86_400 * _SECOND_US
+_NEVER_US = np.iinfo(np.int64).max
 _BATCHES_SORTED = 32  # histories are sorted by length within so many steps' worth, to waste little on padding
 
 
@@ -139,6 +141,40 @@ class EventArrays:
             query_BQ=torch.zeros(size, config.query_dim),
         )
 
+    def live_counts(self, config: TowerConfig, *, bucket_s: int | None = None) -> LiveCounts:
+        """The log's positive events, to be counted as of any time. bucket_s: instead of the config's."""
+        index = np.flatnonzero(self.positive_T)
+        num_rows = self.num_items + config.hash_rows
+        return LiveCounts.build(
+            self.user_T[index], self.item_T[index], self.time_us_T[index], num_rows, config, bucket_s=bucket_s
+        )
+
+    def live_requests(self, target_B: Ints, counts: LiveCounts, config: TowerConfig) -> LiveRequests:
+        """The live part of requests just before given events: their time, and the user's latest items since the last
+        refresh, which a caller knows whether the state has seen them or not."""
+        event_BK = target_B[:, None] - 1 - np.arange(config.live_recent)
+        first_B = np.maximum(self.refresh_cut_T[target_B] + 1, self.offsets[self.user_T[target_B]])
+        is_there_BK = event_BK >= first_B[:, None]
+        event_BK = np.maximum(event_BK, 0)
+        gap_BK = (self.time_us_T[target_B][:, None] - self.time_us_T[event_BK]) / _SECOND_US
+        return LiveRequests(
+            counts.bucket(torch.from_numpy(self.time_us_T[target_B])),
+            torch.from_numpy(np.where(is_there_BK, self.item_T[event_BK], -1)),
+            torch.from_numpy(np.where(is_there_BK, np.log1p(np.maximum(gap_BK, 0)), 0).astype(np.float32)),
+        )
+
+    def first_us(self, num_rows: int) -> Ints:
+        """Time of each item row's first event, the largest int64 where there is none: i64 [I]."""
+        first_I = np.full(num_rows, np.iinfo(np.int64).max)
+        np.minimum.at(first_I, self.item_T, self.time_us_T)
+        return first_I
+
+    def as_known_at(self, time_us: int, num_rows: int) -> "EventArrays":
+        """The log with every item first seen at or after a time as unknown: row + I, as ItemEmbedder takes it."""
+        first_I = self.first_us(num_rows)
+        item_T = self.item_T + num_rows * (first_I[self.item_T] >= time_us)
+        return replace(self, item_T=item_T, events=replace(self.events, item_T=torch.from_numpy(item_T)))
+
 
 def absent_contexts(size: int, columns: int, config: TowerConfig) -> ContextFeatures:
     """Requests that know nothing: every part absent."""
@@ -166,8 +202,8 @@ def _refresh_cuts(user_T: Ints, time_us_T: Ints, refresh_offset_us: int) -> Ints
     """
     if not len(user_T):
         return user_T
-    refresh_T = (time_us_T - refresh_offset_us) // _DAY_US  # number of the last refresh at or before the event
-    seen_by_T = -((refresh_offset_us - time_us_T) // _DAY_US)  # number of the first refresh at or after the event
+    refresh_T = (time_us_T - refresh_offset_us) // DAY_US  # number of the last refresh at or before the event
+    seen_by_T = -((refresh_offset_us - time_us_T) // DAY_US)  # number of the first refresh at or after the event
     low = int(refresh_T.min())
     span = int(seen_by_T.max()) - low + 2
     key_T = user_T * span + (seen_by_T - low)
@@ -291,6 +327,10 @@ class Negatives:
         uniform = self.trained[rng.integers(len(self.trained), size=settings.uniform_negatives)]
         return np.unique(np.concatenate([in_batch, uniform])), np.array([size, len(uniform)])
 
+    def live_rows(self, num_items: int, end_us: int) -> Ints:
+        """Rows that uniform negatives are drawn from with live features: items there were when the log ended."""
+        return np.arange(num_items) if self.born_us_I is None else np.flatnonzero(self.born_us_I <= end_us)
+
 
 class SubjectSampler:
     """Pseudo-context: items that share a category with the positive, never the positive itself."""
@@ -358,6 +398,12 @@ class StepBatch:
     time_us_B: torch.Tensor
     born_us_S: torch.Tensor | None
     """i64 [S], time before which a candidate could not be shown; None where no such column is declared."""
+    live: LiveRequests | None = None
+    """None where the tower has no live features; with them the step's own candidates are not read."""
+    log_user_B: torch.Tensor | None = None
+    """i64 [B], the target's user in the log."""
+    horizon_us_B: torch.Tensor | None = None
+    """i64 [B], items first seen at or after it are known by their hash row only."""
 
     def to(self, device: torch.device) -> "StepBatch":
         """The same step on a device; the copies are queued and waited for by what reads them."""
@@ -370,7 +416,7 @@ class StepBatch:
         return _each_tensor(self, lambda tensor: tensor.pin_memory() if tensor.numel() else tensor)
 
 
-_Batch = TypeVar("_Batch", bound=StepBatch | EventFeatures | ContextFeatures)
+_Batch = TypeVar("_Batch", bound=StepBatch | EventFeatures | ContextFeatures | LiveRequests)
 
 
 def _each_tensor(batch: _Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> _Batch:
@@ -380,7 +426,7 @@ def _each_tensor(batch: _Batch, change: Callable[[torch.Tensor], torch.Tensor]) 
         value = getattr(batch, name)
         if isinstance(value, torch.Tensor) and name != "offsets":
             changed[name] = change(value)
-        elif isinstance(value, EventFeatures | ContextFeatures):
+        elif isinstance(value, EventFeatures | ContextFeatures | LiveRequests):
             changed[name] = _each_tensor(value, change)
     return replace(batch, **changed)
 
@@ -396,9 +442,11 @@ class TrainingData:
         config: TowerConfig,
         settings: TrainSettings,
         born_us_N: Ints | None,
+        refresh_offset_us: int = 0,
     ) -> None:
         """held_out: validation targets. born_us_N: see Negatives. Raises DataError where no target is left."""
         self.log, self.config, self.settings = log, config, settings
+        self.refresh_offset_us = refresh_offset_us
         self.is_target_T = log.positive_T & (log.item_T < log.num_items)
         self.is_target_T[held_out] = False
         target = np.flatnonzero(self.is_target_T)
@@ -411,6 +459,11 @@ class TrainingData:
         self.num_targets = len(target)
         self._subjects = SubjectSampler(embedder)
         self._end_us = int(log.time_us_T.max())
+        self._num_rows = log.num_items + config.hash_rows
+        self.live = log.live_counts(config) if config.live_windows_h else None
+        self.first_us_I = log.first_us(self._num_rows)
+        if settings.new_item_share and self.live is None:
+            raise ConfigError("new_item_share needs live features: items without them have nothing but their id")
 
     def plan(self, epoch: int) -> list[tuple[Ints, Ints]]:
         """Steps of an epoch, each as the (start, end) of its windows, events of the whole log.
@@ -464,6 +517,10 @@ class TrainingData:
             count_W = np.bincount(window_T[asked_T], minlength=len(start_W))
             chance_W = settings.targets_per_history / np.maximum(count_W, 1)
             asked_T &= rng.random(len(asked_T)) < chance_W[window_T]
+        horizon_us_W = self._horizons(window_T, event_T, asked_T, len(start_W), rng)
+        if horizon_us_W is not None:
+            is_all_W = horizon_us_W == _NEVER_US
+            asked_T &= is_all_W[window_T] | (log.time_us_T[event_T] >= horizon_us_W[window_T])
         window_B, target_B = window_T[asked_T], event_T[asked_T]
         cut_B = self._cuts(target_B, start_W[window_B], rng)
         kept_B = cut_B >= -1
@@ -473,6 +530,15 @@ class TrainingData:
         item_B = log.item_T[target_B]
         hidden_B = np.where(cut_B < 0, -1, cut_B - start_W[window_B] + first_W[window_B])
         context = log.contexts(target_B, cut_B, self.config, self._draw_subjects(item_B, rng))
+        events = log.events.window(torch.from_numpy(start_W), torch.from_numpy(end_W))
+        if horizon_us_W is not None:
+            events = replace(events, item_T=self._as_known(events.item_T, torch.from_numpy(horizon_us_W)[window_T]))
+            horizon_B1 = torch.from_numpy(horizon_us_W)[window_B][:, None]
+            context = replace(
+                context,
+                session_item_BK=self._as_known(context.session_item_BK, horizon_B1),
+                subject_item_BM=self._as_known(context.subject_item_BM, horizon_B1),
+            )
         candidate_S, draws = self.negatives.draw(item_B, settings, rng)
         log_q_S = None
         if draws is not None:
@@ -483,10 +549,10 @@ class TrainingData:
             born_us_S = torch.from_numpy(self.negatives.born_us_I[candidate_S])
         weight_B = np.ones(len(target_B), np.float32)
         if settings.half_life_days is not None:
-            age_days_B = (self._end_us - log.time_us_T[target_B]) / _DAY_US
+            age_days_B = (self._end_us - log.time_us_T[target_B]) / DAY_US
             weight_B = np.exp2(-age_days_B / settings.half_life_days).astype(np.float32)
         return StepBatch(
-            events=log.events.window(torch.from_numpy(start_W), torch.from_numpy(end_W)),
+            events=events,
             hidden_B=torch.from_numpy(hidden_B),
             context=context,
             item_B=torch.from_numpy(item_B),
@@ -496,7 +562,34 @@ class TrainingData:
             log_q_S=log_q_S,
             time_us_B=torch.from_numpy(log.time_us_T[target_B]),
             born_us_S=born_us_S,
+            live=None if self.live is None else log.live_requests(target_B, self.live, self.config),
+            log_user_B=None if self.live is None else torch.from_numpy(log.user_T[target_B]),
+            horizon_us_B=None if horizon_us_W is None else torch.from_numpy(horizon_us_W[window_B]),
         )
+
+    def _horizons(
+        self, window_T: Ints, event_T: Ints, asked_T: NDArray[np.bool_], size: int, rng: np.random.Generator
+    ) -> Ints | None:
+        """When the weights that read each window were made, so to say; None where all are read as they are.
+
+        A share of the windows gets the last refresh before one of its targets, or a refresh some days earlier.
+        """
+        if not self.settings.new_item_share:
+            return None
+        place = np.flatnonzero(asked_T)
+        place = place[rng.permutation(len(place))]
+        horizon_us_W = np.full(size, _NEVER_US)
+        offset_us = self.refresh_offset_us
+        refresh_us = (self.log.time_us_T[event_T[place]] - offset_us) // DAY_US * DAY_US + offset_us
+        horizon_us_W[window_T[place]] = refresh_us  # one of the window's targets, by chance
+        horizon_us_W -= rng.integers(0, self.settings.new_item_days, size) * DAY_US
+        is_all_W = rng.random(size) >= self.settings.new_item_share
+        return np.where(is_all_W | (horizon_us_W > _NEVER_US // 2), _NEVER_US, horizon_us_W)
+
+    def _as_known(self, item: torch.Tensor, horizon_us: torch.Tensor) -> torch.Tensor:
+        """Items as weights made at a time know them: row + I where first seen since."""
+        first_us = torch.from_numpy(self.first_us_I)[item]
+        return item + self._num_rows * (first_us >= horizon_us)
 
     def _cuts(self, target_B: Ints, window_start_B: Ints, rng: np.random.Generator) -> Ints:
         """Cut of each target: -1 for a cold start, -2 where the window does not hold the state that is wanted."""

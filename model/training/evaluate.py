@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from model.context_head import ContextHead
@@ -27,7 +28,9 @@ from model.encoder import Encoder
 from model.errors import CheckpointError, ConfigError, DataError, TowerError
 from model.event_log import read_items, read_log, read_users
 from model.features import ContextFeatures
-from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue
+from model.item_tower import ItemTower
+from model.live_items import HIDDEN, LiveCounts, LiveItems, LiveRequests, catalogue_logits, time_chunks
+from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue, ranks_of
 from model.release import Registry, Release
 from model.state_codec import StateCodec, as_stored
 from model.training.data import (
@@ -133,7 +136,7 @@ def answer_contexts(
     The rest is as in answer_requests.
     """
     config, device = head.config, head.cold_state_D.device
-    user_BE = torch.empty(len(row_B), config.embedding_dim, device=device)
+    user_BE = torch.empty(len(row_B), config.embedding_dim + config.live_width, device=device)
     for start in range(0, len(row_B), batch):
         part = slice(start, start + batch)
         row = torch.from_numpy(row_B[part])
@@ -223,7 +226,7 @@ class Candidates:
         cls, release: Release, events: EventArrays, items: pa.Table, target_B: Ints, *, exclude_seen: bool
     ) -> "Candidates":
         """events: the log as the release's featuriser reads it. items: as read_items returns them."""
-        seen_rows, seen_offsets = _seen(events, target_B) if exclude_seen else (None, None)
+        seen_rows, seen_offsets = seen_items(events, target_B) if exclude_seen else (None, None)
         born_us_N = _born(release, items)
         times = events.time_us_T[target_B]
         return cls(events.num_items, events.item_T[target_B], times, born_us_N, seen_rows, seen_offsets)
@@ -238,6 +241,22 @@ class Candidates:
             mask_N[rows[(rows < self.num_items) & (rows != self.item_B[b])]] = False
         return mask_N
 
+    def excluded(self, index_B: Ints, device: torch.device, *, with_target: bool = False) -> torch.Tensor:
+        """Items that some requests must not be offered because their users had them: bool [B, N].
+
+        The item asked for stays a candidate, unless with_target.
+        """
+        mask_BN = torch.zeros(len(index_B), self.num_items, dtype=torch.bool, device=device)
+        if self.seen_rows is not None and self.seen_offsets is not None:
+            start_B = self.seen_offsets[index_B]
+            length_B = self.seen_offsets[index_B + 1] - start_B
+            row = np.repeat(np.arange(len(index_B)), length_B)
+            first_B = np.cumsum(length_B) - length_B
+            column = self.seen_rows[np.arange(len(row)) + np.repeat(start_B - first_B, length_B)]
+            keep = (column < self.num_items) & (with_target | (column != self.item_B[index_B][row]))
+            mask_BN[torch.from_numpy(row[keep]).to(device), torch.from_numpy(column[keep]).to(device)] = True
+        return mask_BN
+
     def ranks(self, user_BE: torch.Tensor, item_IE: torch.Tensor) -> Ints:
         """Ranks of the items asked for, by dot product. item_IE: f32 [I, E], the item tower's rows."""
         return rank_catalogue(
@@ -249,6 +268,65 @@ class Candidates:
             seen_rows=None if self.seen_rows is None else torch.from_numpy(self.seen_rows),
             seen_offsets=None if self.seen_offsets is None else torch.from_numpy(self.seen_offsets),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LiveCatalogue:
+    """The static half of what live requests are ranked among."""
+
+    live: LiveItems
+    item_NE: torch.Tensor
+    is_known_N: torch.Tensor
+    temperature: float
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, items: ItemTower, item_IE: torch.Tensor, row_N: torch.Tensor | None = None) -> "LiveCatalogue":
+        """item_IE: the tower's table. row_N: how each catalogue item is read; None means by its own row."""
+        if items.live is None:
+            raise ConfigError("the tower has no live features: its config has no live_windows_h")
+        if row_N is None:
+            row_N = torch.arange(items.embedder.shape.num_items, device=item_IE.device)
+        return cls(items.live, F.embedding(row_N, item_IE), items.is_known(row_N), items.temperature)
+
+
+@torch.inference_mode()
+def rank_live(
+    catalogue: LiveCatalogue,
+    counts: LiveCounts,
+    arms: Mapping[str, tuple[torch.Tensor, LiveRequests]],
+    candidates: Candidates,
+    *,
+    chunk: int | None = None,
+) -> dict[str, Ints]:
+    """Ranks by the whole score with live features, requests of neighbouring buckets at a time, all arms at once.
+
+    counts: on the catalogue's device. arms: user vectors f32 [B, E + L] and what the live part asks, by name; the same
+    requests in every arm. chunk: requests at a time; by default as many as fit 2**26 values at once (2**30 on a GPU).
+    """
+    item_NE, is_known_N = catalogue.item_NE, catalogue.is_known_N
+    num_items, width = item_NE.shape
+    device = item_NE.device
+    most_values = (2**30 if item_NE.is_cuda else 2**26) // num_items
+    most_buckets = max(1, most_values // HIDDEN)
+    if chunk is None:
+        chunk = max(1, most_values // (len(arms) * catalogue.live.width))
+    time_us_B, item_B = (torch.from_numpy(x).to(device) for x in (candidates.time_us_B, candidates.item_B))
+    born_N = None if candidates.born_us_N is None else torch.from_numpy(candidates.born_us_N).to(device)
+    on_device = [(user.to(device), requests.to(device)) for user, requests in arms.values()]
+    rank_AB = torch.empty(len(arms), len(item_B), dtype=torch.int64, device=device)
+    for part in time_chunks(counts.bucket(time_us_B).cpu().numpy(), chunk, most_buckets):
+        rows = torch.from_numpy(part).to(device)
+        excluded_BN = candidates.excluded(part, device)
+        if born_N is not None:
+            excluded_BN |= born_N > time_us_B[rows][:, None]
+        user_bV = torch.cat([user_BV[rows] for user_BV, _ in on_device]) / catalogue.temperature
+        asked = LiveRequests.joined([requests.rows(rows) for _, requests in on_device])
+        score_bN = user_bV[:, :width] @ item_NE.T
+        score_bN += catalogue_logits(catalogue.live, counts, asked, user_bV[:, width:], is_known_N)
+        rank_b = ranks_of(score_bN, item_B[rows].repeat(len(arms)), excluded_BN.repeat(len(arms), 1))
+        rank_AB[:, rows] = rank_b.view(len(arms), -1)
+    return dict(zip(arms, rank_AB.cpu().numpy(), strict=True))
 
 
 def popularity_ranks(count_N: Ints, item_B: Ints, candidate: Callable[[int], NDArray[np.bool_] | None]) -> Ints:
@@ -335,11 +413,23 @@ def evaluate_quality(
     item_B, time_us_B = candidates.item_B, candidates.time_us_B
     item_IE = release.items.table()
     ranks: dict[str, Ints] = {}
-    for arm, with_context in (("context", True), ("no_context", False)):
-        user_BE = embed_requests(
+    users_by_arm = {
+        arm: embed_requests(
             release.encoder, release.head, item_IE, events, test.target_B, test.cut_B, with_context=with_context
         )
-        ranks[arm] = candidates.ranks(user_BE, item_IE)
+        for arm, with_context in (("context", True), ("no_context", False))
+    }
+    if release.config.live_windows_h:
+        counts = events.live_counts(release.config)
+        requests = events.live_requests(test.target_B, counts, release.config)
+        arms = {
+            "context": (users_by_arm["context"], requests),
+            "no_context": (users_by_arm["no_context"], requests.without_recent()),
+        }
+        catalogue = LiveCatalogue.of(release.items, item_IE)
+        ranks |= rank_live(catalogue, counts.to(release.device), arms, candidates)
+    else:
+        ranks |= {arm: candidates.ranks(user_BE, item_IE) for arm, user_BE in users_by_arm.items()}
     counted = events.item_T[test.trained_T & events.positive_T]
     count_N = np.bincount(counted[counted < events.num_items], minlength=events.num_items)
     ranks["popularity"] = popularity_ranks(count_N, item_B, candidates.mask)
@@ -399,6 +489,15 @@ def excludes_seen(seen: str, repeats: float) -> bool:
     return seen == "exclude" or (seen == "auto" and repeats < 0.01)
 
 
+def refuse_live(releases: Sequence[Release]) -> None:
+    """Raises ConfigError for a release that scores live item features: only `quality` ranks by them so far."""
+    for release in releases:
+        if release.config.live_windows_h:
+            raise ConfigError(
+                f"release {release.manifest.release_id} scores live item features; studies take releases without them"
+            )
+
+
 def repeat_share(events: EventArrays) -> float:
     """Share of events whose user had the same item before."""
     count = len(events.item_T)
@@ -406,7 +505,7 @@ def repeat_share(events: EventArrays) -> float:
     return 1.0 - len(pairs) / max(count, 1)
 
 
-def _seen(events: EventArrays, target_B: Ints) -> tuple[Ints, Ints]:
+def seen_items(events: EventArrays, target_B: Ints) -> tuple[Ints, Ints]:
     """Items of each user's events before the target, packed: rows and offsets [B + 1]."""
     start_B = events.offsets[events.user_T[target_B]]
     length_B = target_B - start_B

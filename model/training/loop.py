@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ from model.dataset import DatasetDescription
 from model.errors import CheckpointError, ConfigError, DataError
 from model.features import build_vocabularies
 from model.hybrid_tower import HybridTower
-from model.losses import collision_mask, gbce, sampled_softmax
+from model.live_items import LiveCounts, live_logits
+from model.losses import collision_mask, gbce, sampled_softmax, sampled_softmax_each
 from model.metrics import event_metrics, rank_catalogue
 from model.release import Lineage, Manifest, Registry
 from model.training.data import (
+    DAY_US,
     EventArrays,
     Ints,
     StepBatch,
@@ -44,7 +46,7 @@ from model.training.data import (
     training_part,
     validation_targets,
 )
-from model.training.evaluate import embed_requests
+from model.training.evaluate import Candidates, LiveCatalogue, embed_requests, rank_live, seen_items
 from model.training.settings import LogCounts, TrainSettings, config_for, settings_for
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,11 @@ class Trainer:
         """
         self.tower, self.data, self.validation, self.settings = tower.to(device), data, validation, settings
         self.device = torch.device(device)
+        self._counts = None if data.live is None else data.live.to(device)
+        self._drawn = torch.from_numpy(data.negatives.live_rows(data.log.num_items, int(data.log.time_us_T.max())))
+        self._drawn = self._drawn.to(device)
+        self._first_us_I = torch.from_numpy(data.first_us_I).to(device)
+        self._born_us_N = None if (born := data.negatives.born_us_I) is None else torch.from_numpy(born).to(device)
         self.folder = folder
         self.head_only = head_only
         self.progress = Progress(run=f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}")
@@ -253,8 +260,10 @@ class Trainer:
             known_B1 = (batch.hidden_B >= 0)[:, None]
             state_BD = F.embedding(batch.hidden_B.clamp_min(0), hidden_TD).to(cold_D.dtype)
             state_BD = torch.where(known_B1, state_BD, cold_D)
-            item_IE = tower.items.table()
+            item_IE = tower.items.table(with_unknown=batch.horizon_us_B is not None)
             user_BE = self._head(state_BD, batch.context, item_IE)
+        if self._counts is not None:
+            return self._live_loss(batch, user_BE.to(cold_D.dtype), item_IE.to(cold_D.dtype), self._counts)
         same_user = self.settings.mask_same_user
         mask_BS = collision_mask(
             batch.user_B, batch.item_B, batch.candidate_S, self.data.log.num_items, same_user=same_user
@@ -284,6 +293,43 @@ class Trainer:
             weight_B=batch.weight_B,
         )
 
+    def _live_loss(
+        self, batch: StepBatch, user_BV: torch.Tensor, item_IE: torch.Tensor, counts: LiveCounts
+    ) -> torch.Tensor:
+        """Sampled softmax with live features; each target has negatives of its own, from the log just before it.
+
+        user_BV: f32 [B, E + L]. item_IE: f32 [I, E], or [2I, E] where some items are read as unknown.
+        """
+        tower, config, settings = self.tower, self.tower.featuriser.config, self.settings
+        assert batch.live is not None
+        assert batch.log_user_B is not None
+        bucket_B, item_B1 = batch.live.bucket_B, batch.item_B[:, None]
+        negative_BM, log_count_BM = counts.draw(
+            bucket_B, self._drawn, settings.live_negatives, settings.live_negative_hours
+        )
+        num_items = self.data.log.num_items
+        mask_BM = (negative_BM == item_B1) | (negative_BM >= num_items)
+        if self._born_us_N is not None:
+            mask_BM |= self._born_us_N[negative_BM.clamp(max=num_items - 1)] > batch.time_us_B[:, None]
+        if settings.mask_same_user:
+            pair_BM = batch.log_user_B[:, None] * counts.num_rows + negative_BM
+            mask_BM |= counts.seen.since(pair_BM, bucket_B[:, None]) > 0
+        candidate_BM = torch.cat([item_B1, negative_BM], 1)
+        row_BM = candidate_BM
+        if batch.horizon_us_B is not None:
+            row_BM = row_BM + counts.num_rows * (self._first_us_I[row_BM] >= batch.horizon_us_B[:, None])
+        user_BV = user_BV / config.temperature
+        user_BE, psi_BL = user_BV[:, : config.embedding_dim], user_BV[:, config.embedding_dim :]
+        logit_BM = torch.einsum("be,bme->bm", user_BE, F.embedding(row_BM, item_IE))
+        live = batch.live
+        forgets_B1 = torch.rand(len(bucket_B), 1, device=self.device) < config.context_dropout / 2
+        live = replace(live, recent_BK=live.recent_BK.masked_fill(forgets_B1, -1))
+        assert tower.items.live is not None
+        logit_BM = logit_BM + live_logits(
+            tower.items.live, counts, live, psi_BL, candidate_BM, tower.items.is_known(row_BM)
+        )
+        return sampled_softmax_each(logit_BM[:, 0], logit_BM[:, 1:], mask_BM, log_count_BM, batch.weight_B)
+
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
         """Metrics of the held-out events, ranked among the trained catalogue, with context; nothing if there are none.
@@ -295,10 +341,13 @@ class Trainer:
         tower, events = self.tower.eval(), self.data.log
         by_time = tower.featuriser.description.evaluation.split == "time"
         cut = events.refresh_cut_T[self.validation] if by_time else self.validation - 1
+        born = self.data.negatives.born_us_I
+        if self._counts is not None:
+            rank_B = self._rank_live(cut, self._counts)
+            return {f"validation_{name}": float(value.mean()) for name, value in event_metrics(rank_B, (20,)).items()}
         item_IE = tower.items.table()
         user_BE = embed_requests(tower.encoder, tower.head, item_IE, events, self.validation, cut)
         item_NE = item_IE[: events.num_items]
-        born = self.data.negatives.born_us_I
         rank_B = rank_catalogue(
             user_BE,
             item_NE,
@@ -308,6 +357,27 @@ class Trainer:
         )
         values = event_metrics(rank_B, (20,))
         return {f"validation_{name}": float(value.mean()) for name, value in values.items()}
+
+    def _rank_live(self, cut_B: Ints, counts: LiveCounts) -> Ints:
+        """Ranks of the held-out events, asked as weights made at the last refresh before the first of them would."""
+        tower, log = self.tower, self.data.log
+        offset_us = tower.featuriser.description.refresh_offset_us
+        first_us = int(log.time_us_T[self.validation].min())
+        known_us = (first_us - offset_us) // DAY_US * DAY_US + offset_us
+        asked = log.as_known_at(known_us, counts.num_rows)
+        item_IE = tower.items.table(with_unknown=True)
+        user_BV = embed_requests(tower.encoder, tower.head, item_IE, asked, self.validation, cut_B)
+        row_N = torch.arange(log.num_items, device=self.device)
+        row_N = row_N + counts.num_rows * (self._first_us_I[: log.num_items] >= known_us)
+        born = self.data.negatives.born_us_I
+        seen_rows, seen_offsets = seen_items(log, self.validation)
+        candidates = Candidates(
+            log.num_items, log.item_T[self.validation], log.time_us_T[self.validation], born,
+            seen_rows if self.settings.mask_same_user else None, seen_offsets if self.settings.mask_same_user else None,
+        )  # fmt: skip
+        requests = log.live_requests(self.validation, self.data.live or counts, tower.featuriser.config)
+        catalogue = LiveCatalogue.of(tower.items, item_IE, row_N)
+        return rank_live(catalogue, counts, {"": (user_BV, requests)}, candidates)[""]
 
     def save(self) -> None:
         """Write the checkpoint; a kill leaves the old one or the new one, whole."""
@@ -402,7 +472,13 @@ def train(
         log.warning("%d of %d events are of items the catalogue lacks: history, never a target", outside, len(table))
     validation = validation_targets(arrays, settings, by_time=description.evaluation.split == "time")
     data = TrainingData(
-        arrays, validation, tower.items.embedder, tower.featuriser.config, settings, available_from(items)
+        arrays,
+        validation,
+        tower.items.embedder,
+        tower.featuriser.config,
+        settings,
+        available_from(items),
+        description.refresh_offset_us,
     )
     tower.items.embedder.use_hash_rows(torch.from_numpy(data.trained_N))
     log.info(

@@ -40,7 +40,17 @@ class TrainSettings:
     uniform_negatives: int = 1024
     """Negatives drawn uniformly from the trained items."""
     mask_same_user: bool = True
-    """A user's other positives of the step are no negatives. Off, the model learns what follows next."""
+    """A user's other positives of the step are no negatives. Off, the model learns what follows next. With live
+    features: what the user had before the target is no negative."""
+    live_negatives: int = 64
+    """With live features: negatives of each target, half of them from the log just before it, half uniform."""
+    live_negative_hours: float = 1.0
+    """How much of the log before a target those of the first half are drawn from."""
+    new_item_share: float = 0.0
+    """With live features: share of histories that are read as weights of an earlier midnight would read them, items
+    first seen since then by their hash row only; targets from before it are left out."""
+    new_item_days: int = 7
+    """How many midnights back that may be."""
     stale_share: float = 0.5
     """Share of examples whose state is as old as the last daily refresh; the others lag by a few events at most."""
     lag_share: float = 0.3
@@ -77,7 +87,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         at_least_one = ("epochs", "tokens_per_step", "targets_per_history", "patience", "checkpoint_steps")
-        for name in (*at_least_one, "max_users", "max_events"):
+        for name in (*at_least_one, "live_negatives", "new_item_days", "max_users", "max_events"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -90,11 +100,18 @@ class TrainSettings:
             raise ConfigError(f"loss must be softmax or gbce, got {self.loss!r}")
         if self.loss == "gbce" and not self.uniform_negatives:
             raise ConfigError("gbce needs uniform_negatives above 0")
-        shares = ("stale_share", "lag_share", "subject_share", "final_rate", "validation_share", "gbce_calibration")
-        for name in shares:
+        shares = ("stale_share", "lag_share", "subject_share", "final_rate", "validation_share", "new_item_share")
+        for name in (*shares, "gbce_calibration"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm", "half_life_days", "max_minutes", "validation_hours"):
+        for name in (
+            "learning_rate",
+            "clip_norm",
+            "half_life_days",
+            "max_minutes",
+            "validation_hours",
+            "live_negative_hours",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be above 0, got {value}")

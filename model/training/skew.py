@@ -23,6 +23,7 @@ from model.training.evaluate import (
     encode_requests,
     excludes_seen,
     make_test_set,
+    refuse_live,
     repeat_share,
 )
 
@@ -102,6 +103,7 @@ def skew_study(
         widths = {getattr(release.config, name) for release in releases}
         if len(widths) > 1:
             raise ConfigError(f"parts can be mixed only where {name} is equal, got {sorted(widths)}")
+    refuse_live(releases)
     description = description or releases[0].manifest.description
     arrays = read_arrays(releases, table, users, description)
     test = make_test_set(table, arrays[0], description, limit=max_test_events, seed=seed)

@@ -11,23 +11,28 @@ import pytest
 import torch
 
 from model.config import TowerConfig
-from model.errors import DataError
+from model.errors import ConfigError, DataError
 from model.features import build_vocabularies
 from model.hybrid_tower import HybridTower
+from model.live_items import live_logits
 from model.records import Context
 from model.release import Registry
 from model.state_codec import as_stored
 from model.training import evaluate
 from model.training.data import EventArrays
 from model.training.evaluate import (
+    Candidates,
+    LiveCatalogue,
     embed_requests,
     encode_requests,
     evaluate_quality,
     make_test_set,
     popularity_ranks,
+    rank_live,
     recent_popularity_ranks,
     repeat_share,
 )
+from model.training.skew import skew_study
 from tests.builders import make_description, make_event, make_event_table
 
 HOUR_US = 3_600_000_000
@@ -208,3 +213,34 @@ def test_no_context_differs_from_context(tmp_path):
     target, cut = np.array([4]), np.array([2])
     options = release.encoder, release.head, release.item_table, arrays, target, cut
     assert not torch.allclose(embed_requests(*options), embed_requests(*options, with_context=False))
+
+
+def test_live_ranks_are_those_of_the_whole_score(tmp_path):
+    """Requests in groups of a bucket, scored as if one by one, and ranked among what was born and not had."""
+    config = replace(SMALL, live_windows_h=(1.0, 24.0), live_dim=4, live_recent=2)
+    release, table, items, arrays = make_case(tmp_path, available_from="born", config=config)
+    births = pa.array([0, 0, 0, 0, 0, None, DAY_US * 19_002], pa.int64())
+    items = items.append_column("available_from_us", births)
+    target = np.array([3, 4, 7, 8, 9])
+    cut = arrays.refresh_cut_T[target]
+    candidates = Candidates.of(release, arrays, items, target, exclude_seen=True)
+    counts = arrays.live_counts(config)
+    requests = arrays.live_requests(target, counts, config)
+    users = embed_requests(release.encoder, release.head, release.item_table, arrays, target, cut)
+    catalogue = LiveCatalogue.of(release.items, release.item_table)
+    arms = {"recent": (users, requests), "nothing recent": (users, requests.without_recent())}
+    found = rank_live(catalogue, counts, arms, candidates, chunk=2)
+    item_BN = torch.arange(7).expand(5, 7)
+    for arm, (_, asked) in arms.items():
+        with torch.no_grad():
+            score_BN = users[:, :8] @ release.item_table[:7].T / 0.07 + live_logits(
+                release.items.live, counts, asked, users[:, 8:] / 0.07, item_BN, release.items.is_known(item_BN)
+            )
+        for b, item in enumerate(arrays.item_T[target].tolist()):
+            allowed = candidates.mask(b)
+            ahead = [bool(allowed[n]) and bool(score_BN[b, n] > score_BN[b, item]) for n in range(7)]
+            assert found[arm][b] == 1 + sum(ahead)
+    report = evaluate_quality(release, table, items, None, ks=(2,), resamples=20)
+    assert set(report["arms"]) == {"context", "no_context", "popularity", "recent_popularity"}
+    with pytest.raises(ConfigError, match="studies take releases without them"):
+        skew_study([release, release], table, items, None)

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from model.errors import ShapeError
-from model.losses import collision_mask, gbce, log_inclusion, sampled_softmax, sampled_softmax_reference
+from model.losses import (
+    collision_mask,
+    gbce,
+    log_inclusion,
+    sampled_softmax,
+    sampled_softmax_each,
+    sampled_softmax_reference,
+)
 
 
 def unit(rows):
@@ -172,3 +179,43 @@ def test_gbce_of_the_whole_catalogue_is_plain_cross_entropy():
     each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     each[1, 3] = 0
     assert loss.item() == pytest.approx((each.sum(1) / 6).mean().item(), abs=1e-12)
+
+
+def test_negatives_of_each_target_by_hand():
+    positive, negative = torch.tensor([1.0], dtype=torch.float64), torch.tensor([[0.0, 2.0, 5.0]], dtype=torch.float64)
+    mask, count = torch.tensor([[False, False, True]]), torch.tensor([[0.5, 2.0, 1.0]], dtype=torch.float64)
+    loss = sampled_softmax_each(positive, negative, mask, count.log())
+    # e^0 expected half a time counts double, e^2 expected twice counts half
+    assert loss.item() == pytest.approx(math.log(math.e + 2 + math.e**2 / 2) - 1, abs=1e-12)
+
+
+def test_negatives_of_each_target_are_the_shared_ones_where_all_are_the_same():
+    torch.manual_seed(0)
+    user, item = (F.normalize(torch.randn(n, 8, dtype=torch.float64), dim=-1) for n in (5, 9))
+    target = torch.tensor([3, 0, 8, 3, 1])
+    mask = collision_mask(torch.arange(5), target, torch.arange(9), 9, same_user=False)
+    log_q = torch.log(torch.rand(9, dtype=torch.float64))
+    weight = torch.rand(5, dtype=torch.float64)
+    options = {"temperature": 0.2, "log_q_S": log_q, "weight_B": weight}
+    shared = sampled_softmax_reference(user, item[target], item, mask, **options)
+    logit = user @ item.T / 0.2
+    own = sampled_softmax_each(logit.gather(1, target[:, None])[:, 0], logit, mask, log_q.expand(5, 9), weight)
+    torch.testing.assert_close(own, shared, rtol=1e-12, atol=1e-12)
+
+
+def test_negatives_of_each_target_in_single_precision_keep_up_with_double():
+    torch.manual_seed(1)
+    positive, negative = torch.randn(64, dtype=torch.float64) * 20, torch.randn(64, 32, dtype=torch.float64) * 20
+    mask, log_count = torch.rand(64, 32) < 0.2, torch.randn(64, 32, dtype=torch.float64) * 3
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        inputs = [x.to(dtype).requires_grad_() for x in (positive, negative)]
+        loss = sampled_softmax_each(*inputs, mask, log_count.to(dtype))
+        found.append([loss, *torch.autograd.grad(loss, inputs)])
+    for exact, single in zip(*found, strict=True):
+        torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_negatives_of_each_target_must_fit():
+    with pytest.raises(ShapeError, match=r"must be \[B, M\]"):
+        sampled_softmax_each(torch.zeros(2), torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.bool), torch.zeros(3, 4))

@@ -27,6 +27,7 @@ from model.training.data import (
     training_part,
     validation_targets,
 )
+from model.training.evaluate import evaluate_quality
 from model.training.loop import Trainer, train
 from model.training.settings import LogCounts, TrainSettings, config_for, settings_for
 from tests.builders import make_description, make_event, make_event_table, write_dataset
@@ -443,3 +444,112 @@ def test_a_compiled_step_is_the_same_step(dataset, monkeypatch):
     assert torch.allclose(found[0][0], found[1][0], rtol=1e-5, atol=0)
     for name, gradient in found[0][1].items():
         assert torch.allclose(gradient, found[1][1][name], rtol=1e-3, atol=1e-6), name
+
+
+LIVE = replace(SMALL, live_windows_h=(1.0, 24.0), live_dim=4, live_bucket_s=60, live_recent=2)
+LIVE_QUICK = replace(QUICK, new_item_share=0.5, new_item_days=2, live_negatives=6)
+
+
+def test_latest_items_begin_at_the_refresh_and_the_live_bucket_before_the_request():
+    description = make_description(user_columns=[], item_columns={}, refresh_time="03:00")
+    table, items, _ = small_log([[2, 4, 5, 6], [7]], description)
+    arrays, _ = arrays_of(table, items, None, description, LIVE)
+    found = arrays.live_requests(np.arange(5), arrays.live_counts(LIVE), LIVE)
+    # items are 1, 2, 3, 4 at rows 0 to 3; 2:00 was seen by the refresh of 3:00
+    assert found.recent_BK.tolist() == [[-1, -1], [-1, -1], [1, -1], [2, 1], [-1, -1]]
+    assert found.log_gap_BK[3].tolist() == pytest.approx(np.log1p([3600, 7200]).tolist())
+    assert found.bucket_B.tolist() == [0, 120, 180, 240, 300]
+
+
+def test_items_first_seen_since_the_horizon_are_read_as_unknown(dataset):
+    settings = replace(LIVE_QUICK, new_item_share=1.0, new_item_days=1, tokens_per_step=1000, stale_share=1.0)
+    data, _ = training_data(dataset, settings, LIVE)
+    log, rows = data.log, data.log.num_items + LIVE.hash_rows
+    unknown = asked = 0
+    for number, (start, end) in enumerate(data.plan(0)):
+        batch = data.step((start, end), 0, number)
+        raw = np.concatenate([log.item_T[a:b] for a, b in zip(start, end, strict=True)])
+        horizon = np.full(len(start), np.iinfo(np.int64).max)
+        horizon[batch.user_B.numpy()] = batch.horizon_us_B.numpy()
+        is_asked = np.isin(np.arange(len(start)), batch.user_B.numpy())
+        window = np.repeat(np.arange(len(start)), end - start)
+        shifted = batch.events.item_T.numpy() != raw
+        wanted = data.first_us_I[raw] >= horizon[window]
+        assert (shifted == wanted)[is_asked[window]].all()
+        assert (batch.events.item_T.numpy()[shifted] == raw[shifted] + rows).all()
+        # refreshes are at midnight, and no target comes from before its window's
+        assert (batch.horizon_us_B % DAY_US == 0).all()
+        assert (batch.time_us_B >= batch.horizon_us_B).all()
+        length = batch.context.session_length_B[:, None] > torch.arange(LIVE.session_limit)
+        session = batch.context.session_item_BK
+        first = torch.from_numpy(data.first_us_I)[session % rows]
+        assert torch.equal((session >= rows)[length], (first >= batch.horizon_us_B[:, None])[length])
+        unknown, asked = unknown + int(shifted.sum()), asked + len(batch.item_B)
+    assert unknown > 0
+    assert asked > 0
+
+
+def test_unknown_items_need_live_features(dataset):
+    with pytest.raises(ConfigError, match="new_item_share needs live features"):
+        training_data(dataset, LIVE_QUICK)
+
+
+def test_a_killed_live_run_resumes_to_the_same_weights_and_its_release_loads(dataset, tmp_path):
+    events, items, users, description = read(dataset)
+
+    def live_run(folder, **options):
+        registry = Registry(folder / "registry")
+        inputs = events, items, users, description, registry
+        return train(*inputs, settings=LIVE_QUICK, config=LIVE, folder=folder, **options), registry
+
+    def kill(step):
+        if step == 5:
+            raise Killed
+
+    undisturbed, registry = live_run(tmp_path / "a")
+    with pytest.raises(Killed):
+        live_run(tmp_path / "b", on_step=kill)
+    resumed, other = live_run(tmp_path / "b", resume=True)
+    one, two = weights(registry, undisturbed.manifest), weights(other, resumed.manifest)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    release = registry.load(undisturbed.manifest.release_id)
+    assert release.verify().passed
+    assert release.config == LIVE
+    embedding = release.embed(release.cold_state[None], [Context()], [None])
+    assert embedding.shape == (1, LIVE.embedding_dim + LIVE.live_dim)
+    assert np.linalg.norm(embedding[0, : LIVE.embedding_dim]) == pytest.approx(1, abs=1e-5)
+
+
+def test_live_features_learn_what_is_popular_now(tmp_path):
+    """Each day everybody clicks what is new that day: no id tells it, a count does."""
+    days, users_a_day = 6, 30
+    rng = np.random.default_rng(0)
+    histories = {}
+    for day in range(days):
+        for user in range(users_a_day):
+            hours = np.sort(rng.uniform(0, 20, 2))
+            hot = 1 + 10 * day + rng.permutation(2)  # two of the day's ten items
+            other = 1 + 10 * day + rng.integers(2, 10)
+            chosen = [hot[0], hot[1]] if user % 5 else [hot[0], other]
+            histories[1 + day * users_a_day + user] = [
+                make_event(int(item), "click", DAY_US * (19_000 + day) + int(hour * HOUR_US))
+                for item, hour in zip(chosen, hours, strict=True)
+            ]
+    test_from = "2022-01-13T00:00:00Z"  # the last day
+    description = make_description(
+        user_columns=[], item_columns={}, event_columns=[], context_columns=[],
+        evaluation={"split": "time", "test_from": test_from},
+    )  # fmt: skip
+    table = make_event_table(histories, description)
+    items = pa.table({"item_id": pa.array(range(1, 10 * days + 1), pa.int64())})
+    registry = Registry(tmp_path)
+    settings = replace(
+        LIVE_QUICK, epochs=40, tokens_per_step=64, learning_rate=0.01, validation_share=0.0, new_item_share=1.0
+    )
+    made = train(table, items, None, description, registry, settings=settings, config=LIVE)
+    report = evaluate_quality(
+        registry.load(made.manifest.release_id), table, items, None, ks=(2,), seen="exclude", resamples=20
+    )
+    # two of ten items get nine clicks in ten; the user's first click is no candidate for the second
+    assert report["arms"]["context"]["item_unseen"]["recall@2"]["value"] > 0.7
+    assert report["slices"]["item_unseen"]["events"] == 60

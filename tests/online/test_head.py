@@ -24,7 +24,14 @@ def load(folder: Path, config: TowerConfig, ids: str = "int64") -> Release:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"query_dim": 5, "embedding_dim": 24, "context_dim": 10}, {"state_tokens": 3, "context_dim": 10}]
+    "changes",
+    [
+        {},
+        {"query_dim": 5, "embedding_dim": 24, "context_dim": 10},
+        {"state_tokens": 3, "context_dim": 10},
+        {"live_windows_h": (1.0, 3.0)},
+        {"state_tokens": 2, "live_windows_h": (1.0, 3.0)},
+    ],
 )
 @pytest.mark.parametrize("ids", ["int64", "string"])
 def test_it_equals_the_module(tmp_path: Path, changes: dict[str, Any], ids: str) -> None:

@@ -1,5 +1,6 @@
 """Recommender/Retrieve on a real server: the best items by brute force, the rules of Embed, and its own refusals."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from online.client import UserTowerClient
 from online.servicer import RECOMMENDER, SERVICE
 from tests.online.conftest import World
 from tests.online.helpers import Rows, context_of, fresh_users, row_bytes, serving, stored_state, wait_until
-from tests.releases import make_description, make_release
+from tests.releases import SMALL, make_description, make_release
 
 
 def error_of(call: Any) -> tuple[grpc.StatusCode, str]:
@@ -154,3 +155,24 @@ def test_items_written_later_are_found(world: World, redis_server: str, monkeypa
         world.write_items(world.a)
         wait_until(lambda: health_of(client, RECOMMENDER) == status.SERVING)
         assert client.retrieve(user).epoch == 1
+
+
+def test_a_release_with_live_item_features_embeds_and_refuses_to_retrieve(
+    tmp_path: Path, rows: Rows, redis_server: str
+) -> None:
+    """The service does not count events, so it would rank by half of the score."""
+    config = replace(SMALL, live_windows_h=(1.0, 24.0), live_dim=4)
+    manifest = make_release(tmp_path, config=config)
+    registry = Registry(tmp_path)
+    registry.commit(manifest.release_id)
+    release = registry.load(manifest.release_id)
+    write_snapshot(registry, release)
+    user = fresh_users()
+    with serving(tmp_path, redis_server) as (_, client):
+        context = context_of(user)
+        vector = client.embed(user, context).vector
+        np.testing.assert_allclose(vector, release.embed(release.cold_state[None], [context], [None])[0], atol=1e-5)
+        assert vector.shape == (config.embedding_dim + 4,)
+        code, details = error_of(lambda: client.retrieve(user, context, k=3))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert details == "the release scores live item features, which this service does not hold yet"
