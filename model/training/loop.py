@@ -244,7 +244,7 @@ class Trainer:
         return loss.detach()
 
     def loss(self, batch: StepBatch) -> torch.Tensor:
-        """Sampled softmax of one step's targets. The encoder runs once over each history; a target reads it at its cut."""
+        """Sampled softmax of one step's targets. The encoder runs once a history; each target reads it at its cut."""
         tower, config = self.tower, self.tower.featuriser.config
         with _autocast(self.device):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.head_only):
