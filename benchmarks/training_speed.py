@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any
 from unittest.mock import patch
@@ -149,8 +149,8 @@ class Case:
             settings_for(description, counts, device=device),
             targets_per_history=TARGETS_PER_HISTORY, mask_same_user=True, warmup_steps=20,
         )  # fmt: skip
-        featuriser = HybridTower.build(config, description, build_vocabularies(description, table, None), catalogue)
-        arrays = EventArrays.build(table, None, featuriser.featuriser, description)
+        tower = HybridTower.build(config, description, build_vocabularies(description, table, None), catalogue)
+        arrays = EventArrays.build(table, None, tower.featuriser, description)
         return cls(torch.device(device), config, settings, arrays, description, catalogue, table)
 
     def tower(self) -> HybridTower:
@@ -499,99 +499,177 @@ def profile(case: Case, tokens: int) -> None:
         print(averages.table(sort_by=key, row_limit=20, max_name_column_width=60))
 
 
-def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All comparisons; the entries to record. Curves and all timings go to studies/training-speed.json."""
-    sizes: Sequence[int] = args.sizes
-    rival_sizes = [size // 4 for size in sizes]
-    ordered, mixed = (pool(case.data(sizes[0]), args.pool, is_sorted=is_sorted) for is_sorted in (True, False))
-    arms = [make_arm(case, f"deduplicated {size}", mixed, size) for size in sizes]
-    arms += [make_arm(case, f"undeduplicated {size}", mixed, size, undeduplicated) for size in rival_sizes]
-    timings = measure(arms, args.repeats)
-    ours, rival = best(timings, "deduplicated"), best(timings, "undeduplicated")
-    speedup = ours.histories_per_s / rival.histories_per_s
-    print(f"deduplication: {speedup:.2f} x, {ours.arm.name} over {rival.arm.name}", flush=True)
-    best_size = sizes[[a.name for a in arms].index(ours.arm.name)]
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much of everything one run of the benchmark does."""
 
-    fill = measure(
-        [
-            *(make_arm(case, f"packed {size}", ordered, size) for size in (best_size // 2, best_size)),
-            *(make_arm(case, f"padded {size}", ordered, size, padded) for size in (best_size // 2, best_size)),
-            *(make_arm(case, f"unsorted padded {size}", mixed, size, padded) for size in (best_size // 2, best_size)),
-        ],
-        args.repeats,
-    )
-    packed, filled, loose = best(fill, "packed"), best(fill, "padded"), best(fill, "unsorted")
-    over_padded, over_unsorted = (packed.histories_per_s / t.histories_per_s for t in (filled, loose))
-    waste, loose_waste = (t.arm.encoded / t.arm.events - 1 for t in (filled, loose))
-    print(f"packing: {over_padded:.2f} x over sorted, {over_unsorted:.2f} x over unsorted padding", flush=True)
+    users: int
+    items: int
+    sizes: tuple[int, ...]
+    """Different events a step, deduplicated; the rival, which encodes several times as many, gets a quarter."""
+    pool: int
+    """Different events in one timed pass."""
+    repeats: int
+    curve_steps: int
+    curve_tokens: int
 
-    losses = curves(case, args.curve_tokens, args.steps)
-    block = max(1, args.steps // 12)
-    apart = gap(losses["deduplicated"], losses["undeduplicated"], block)
-    alike = [curve for name, curve in losses.items() if name != "undeduplicated"]
-    noise = max(gap(one, two, block) for one, two in combinations(alike, 2))
-    print(f"curves: {apart:.4f} apart by deduplication, up to {noise:.4f} by other dropout draws", flush=True)
 
-    pair = [make_arm(case, "eager", ordered, best_size), make_arm(case, "compiled", ordered, best_size, compiled=True)]
-    wanted, found_gradient = (gradient_of(case, arm) for arm in pair)  # both as they begin, so of the same weights
-    off = float((found_gradient - wanted).norm() / wanted.norm())
-    print(f"gradient of the compiled step off by {off:.1e} of its length", flush=True)
-    assert off <= (3e-2 if case.device.type == "cuda" else 1e-4), off  # bfloat16 rounds elsewhere once steps are fused
-    started = time.perf_counter()
-    pair[1].pass_s()
-    compile_s = time.perf_counter() - started
-    eager, compiled = measure(pair, args.repeats)
-    over_eager = compiled.histories_per_s / eager.histories_per_s
-    print(f"compilation: {over_eager:.2f} x, {compile_s:.0f} s for the first pass", flush=True)
-    pipeline = pipeline_rate(case)
-    print(f"the product's loop, preparation included: {pipeline:,.0f} sequences/s", flush=True)
+QUICK = Extent(400, 500, (4096,), 2**13, repeats=1, curve_steps=24, curve_tokens=1024)
+ON_CPU = Extent(2000, 2000, (4096, 8192, 16_384), 2**15, repeats=3, curve_steps=96, curve_tokens=1024)
+ON_CUDA = Extent(8000, 4000, (16_384, 32_768, 65_536, 131_072), 2**19, repeats=3, curve_steps=300, curve_tokens=8192)
 
-    if args.is_recorded:
+
+@dataclass(slots=True)
+class Findings:
+    """What is recorded: entries for the theme's file; timings and curves for the study's."""
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+    def write_study(self) -> None:
+        """Put timings and curves into studies/training-speed.json."""
         study = {
-            "timings": [t.to_dict() for t in [*timings, *fill, eager, compiled]],
-            "curves": {name: [round(loss, 4) for loss in curve] for name, curve in losses.items()},
+            "timings": [timing.to_dict() for timing in self.timings],
+            "curves": {name: [round(loss, 4) for loss in curve] for name, curve in self.curves.items()},
             "made": {"hardware": hardware(), "versions": library_versions(), "date": today()},
         }
         (FOLDER / "studies").mkdir(exist_ok=True)
         (FOLDER / "studies/training-speed.json").write_text(json.dumps(study) + "\n")
+
+
+def compare(case: Case, extent: Extent) -> Findings:
+    """All comparisons, the one that may fail for want of a compiler last."""
+    found = Findings()
+    ordered, mixed = (
+        pool(case.data(extent.sizes[0]), extent.pool, is_sorted=is_sorted) for is_sorted in (True, False)
+    )  # fmt: skip
+    size = compare_deduplication(case, extent, mixed, found)
+    compare_packing(case, extent, ordered, mixed, size, found)
+    compare_curves(case, extent, found)
+    rate = pipeline_rate(case)
+    print(f"the product's loop, preparation included: {rate:,.0f} sequences/s", flush=True)
+    found.entries.append(
+        {
+            "measure": "train.sequences_per_s", "value": round(rate, 1), "unit": "sequences/s",
+            "note": f"the product's loop, preparation included, {case.settings.tokens_per_step:,} events a step, eager",
+        }
+    )  # fmt: skip
+    compare_compilation(case, extent, ordered, size, found)
+    return found
+
+
+def compare_deduplication(case: Case, extent: Extent, windows: tuple[Ints, Ints], found: Findings) -> int:
+    """With and without; returns the best number of events a step."""
+    arms = {size: make_arm(case, f"deduplicated {size}", windows, size) for size in extent.sizes}
+    rivals = {
+        size // 4: make_arm(case, f"undeduplicated {size // 4}", windows, size // 4, undeduplicated)
+        for size in extent.sizes
+    }
+    timings = measure([*arms.values(), *rivals.values()], extent.repeats)
+    found.timings += timings
+    ours, rival = best(timings, "deduplicated"), best(timings, "undeduplicated")
+    speedup = ours.histories_per_s / rival.histories_per_s
+    print(f"deduplication: {speedup:.2f} x, {ours.arm.name} over {rival.arm.name}", flush=True)
     rate, rival_rate = ours.to_dict(), rival.to_dict()
-    shape = f"d={case.config.d_model}, {case.config.num_layers} layers, {case.arrays.num_items:,} items"
-    return [
+    shared = max(arms.keys() & rivals.keys(), default=None)
+    alike = ""
+    if shared is not None:
+        one, two = (best(timings, f"{name} {shared}").histories_per_s for name in ("deduplicated", "undeduplicated"))
+        alike = f"; on the same steps of {shared:,} different events {one / two:.2f} x"
+    found.entries.append(
         {
             "measure": "train.dedup_speedup", "value": round(speedup, 3), "unit": "x sequences/s", "target": 2,
             "note": (
                 f"{rate['sequences_per_s']:,.0f} sequences/s ({rate['targets_per_s']:,.0f} targets/s, "
-                f"{rate['tokens_per_s']:,.0f} tokens/s; {rate['tokens_per_step']:,} events a step) against "
-                f"{rival_rate['sequences_per_s']:,.0f} with every target's history by itself "
-                f"({rival_rate['encoded_per_step']:,} events a step), each at its best batch size; "
-                f"{TARGETS_PER_HISTORY} targets a history, {shape}"
+                f"{rate['tokens_per_s']:,.0f} tokens/s; {rate['encoded_per_step']:,} events encoded a step) against "
+                f"{rival_rate['sequences_per_s']:,.0f} with every target's history by itself, packed "
+                f"({rival_rate['encoded_per_step']:,}), each at its best batch size{alike}; "
+                f"{TARGETS_PER_HISTORY} targets a history, d_model {case.config.d_model}, "
+                f"{case.config.num_layers} layers, {case.arrays.num_items:,} items"
             ),
-        },
+        }
+    )  # fmt: skip
+    return next(size for size, arm in arms.items() if arm is ours.arm)
+
+
+def compare_packing(
+    case: Case, extent: Extent, ordered: tuple[Ints, Ints], mixed: tuple[Ints, Ints], size: int, found: Findings
+) -> None:  # fmt: skip
+    """Packed and padded, both at two sizes and with histories sorted by length; padded unsorted besides."""
+    kinds: list[tuple[str, tuple[Ints, Ints], Callable[[StepBatch], StepBatch]]] = [
+        ("packed", ordered, same), ("padded", ordered, padded), ("unsorted padded", mixed, padded),
+    ]  # fmt: skip
+    arms = [
+        make_arm(case, f"{name} {tokens}", windows, tokens, change)
+        for name, windows, change in kinds
+        for tokens in (size // 2, size)
+    ]
+    timings = measure(arms, extent.repeats)
+    found.timings += timings
+    packed, filled, loose = (best(timings, name) for name, _, _ in kinds)
+    over_padded, over_unsorted = (packed.histories_per_s / t.histories_per_s for t in (filled, loose))
+    waste, loose_waste = (t.arm.encoded / t.arm.events - 1 for t in (filled, loose))
+    print(f"packing: {over_padded:.2f} x over sorted, {over_unsorted:.2f} x over unsorted padding", flush=True)
+    found.entries.append(
+        {
+            "measure": "train.packed_over_padded", "value": round(over_padded, 3), "unit": "x sequences/s",
+            "rival": "padded, histories sorted by length", "rival_value": 1,
+            "note": f"{waste:.0%} filling; unsorted, {loose_waste:.0%} filling: {over_unsorted:.2f} x",
+        }
+    )  # fmt: skip
+
+
+def compare_curves(case: Case, extent: Extent, found: Findings) -> None:
+    """How far losses drift apart by deduplication, and by other dropout draws."""
+    found.curves = curves(case, extent.curve_tokens, extent.curve_steps)
+    block = extent.curve_steps // 12
+    apart = gap(found.curves["deduplicated"], found.curves["undeduplicated"], block)
+    alike = [curve for name, curve in found.curves.items() if name != "undeduplicated"]
+    noise = max(gap(one, two, block) for one, two in combinations(alike, 2))
+    print(f"curves: {apart:.4f} apart by deduplication, up to {noise:.4f} by other dropout draws", flush=True)
+    found.entries.append(
         {
             "measure": "train.dedup_loss_gap", "value": round(apart, 4), "unit": "loss, largest difference",
             "rival": "other dropout draws", "rival_value": round(noise, 4), "target": round(noise, 4),
             "note": (
-                f"between the means of blocks of {block} of {args.steps} steps on the same targets from the same "
+                f"between means of blocks of {block} of {extent.curve_steps} steps on the same targets from the same "
                 "weights; the target is the largest difference among four runs that differ by dropout draws alone"
             ),
-        },
-        {
-            "measure": "train.packed_over_padded", "value": round(over_padded, 3), "unit": "x sequences/s",
-            "rival": "padded, histories sorted by length", "rival_value": 1,
-            "note": (
-                f"{waste:.0%} filling at its best batch size; unsorted ({loose_waste:.0%} filling): "
-                f"{over_unsorted:.2f} x"
-            ),
-        },
+        }
+    )  # fmt: skip
+
+
+def compare_compilation(
+    case: Case, extent: Extent, windows: tuple[Ints, Ints], size: int, found: Findings
+) -> None:  # fmt: skip
+    """Compiled and eager steps; nothing where the machine cannot compile."""
+    eager, compiled = (
+        make_arm(case, name, windows, size, compiled=name == "compiled") for name in ("eager", "compiled")
+    )
+    wanted = gradient_of(case, eager)
+    started = time.perf_counter()
+    try:
+        gradient = gradient_of(case, compiled)  # both as they begin, so of the same weights
+        compiled.pass_s()
+    except Exception as error:  # compilers fail in many ways
+        print(f"compilation: not here: {type(error).__name__}: {error}", flush=True)
+        return
+    compile_s = time.perf_counter() - started
+    off = float((gradient - wanted).norm() / wanted.norm())
+    print(f"gradient of the compiled step off by {off:.1e} of its length", flush=True)
+    assert off <= (3e-2 if case.device.type == "cuda" else 1e-4), off  # bfloat16 rounds elsewhere once steps are fused
+    timings = measure([eager, compiled], extent.repeats)
+    found.timings += timings
+    over_eager = timings[1].histories_per_s / timings[0].histories_per_s
+    print(f"compilation: {over_eager:.2f} x, {compile_s:.0f} s for the first pass", flush=True)
+    found.entries.append(
         {
             "measure": "train.compile_over_eager", "value": round(over_eager, 3), "unit": "x sequences/s",
-            "rival": "eager", "rival_value": 1, "note": f"{compile_s:.0f} s for the first pass",
-        },
-        {
-            "measure": "train.sequences_per_s", "value": round(pipeline, 1), "unit": "sequences/s",
-            "note": f"the product's loop, preparation included, {case.settings.tokens_per_step:,} events a step, eager",
-        },
-    ]  # fmt: skip
+            "rival": "eager", "rival_value": 1,
+            "note": f"encoder and head; {compile_s:.0f} s for the first pass, about {size:,} events a step",
+        }
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -602,21 +680,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes; records nothing")
     parser.add_argument("--no-record", action="store_true")
     args = parser.parse_args(argv)
-    cuda = args.device.startswith("cuda")
-    args.is_recorded = cuda and not args.quick and not args.no_record
-    users, items = (400, 500) if args.quick else (8000, 4000) if cuda else (2000, 2000)
-    args.sizes = [4096] if args.quick else [16_384, 32_768, 65_536, 131_072] if cuda else [4096, 8192, 16_384]
-    args.pool, args.repeats, args.steps = (8192, 1, 24) if args.quick else (2**19, 3, 300) if cuda else (2**15, 3, 100)
-    args.curve_tokens = 1024 if args.quick else 8192 if cuda else 1024
-    case = Case.make(args.device, users, items)
+    is_cuda = args.device.startswith("cuda")
+    extent = QUICK if args.quick else ON_CUDA if is_cuda else ON_CPU
+    case = Case.make(args.device, extent.users, extent.items)
     with fast_products(case.device):
         if args.profile:
             profile(case, case.settings.tokens_per_step)
             return 0
         check(case)
-        found = compare(case, args)
-    if args.is_recorded:
-        record("quality", found)
+        found = compare(case, extent)
+    if is_cuda and not args.quick and not args.no_record:
+        found.write_study()
+        record("quality", found.entries)
     return 0
 
 
