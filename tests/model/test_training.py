@@ -348,7 +348,8 @@ def test_head_only_keeps_the_state_version(dataset, tmp_path):
     assert changed == {"head", "items"}
 
 
-def test_training_learns_a_pattern(tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"state_tokens": 3, "storage_codec": "int8"}])
+def test_training_learns_a_pattern(tmp_path, changes):
     """Items come in a fixed cycle: after item i comes i + 1. Ranking the next item first is learnable."""
     description = make_description(
         user_columns=[], item_columns={}, event_columns=[], context_columns=[], evaluation={"split": "leave_one_out"}
@@ -360,9 +361,13 @@ def test_training_learns_a_pattern(tmp_path):
         QUICK, epochs=12, tokens_per_step=200, full_softmax_items=100, mask_same_user=False, stale_share=0.1,
         learning_rate=1e-2, patience=12,
     )  # fmt: skip
-    config = replace(SMALL, dropout=0.0, history_limit=20, item_dropout=0.0)
+    config = replace(SMALL, dropout=0.0, history_limit=20, item_dropout=0.0, **changes)
     result = train(table, items, None, description, Registry(tmp_path), settings=settings, config=config)
     assert result.manifest.metrics["validation_mrr"] > 0.9
+    latents = Registry(tmp_path).load(result.manifest.release_id).encoder.latents
+    assert (latents is None) == (not changes)
+    if latents is not None:  # LayerNorms start at weight 1 and are moved by gradients alone
+        assert (latents.norm.weight - 1).abs().max() > 1e-3
 
 
 def test_the_clock_stops_a_run_and_a_release_is_written_still(dataset, tmp_path):
