@@ -3,8 +3,8 @@
     python -m benchmarks.rollout [--quick] [--repeats 3] [--no-record] [--plot docs/plots/rollout.svg]
 
 Real processes throughout: a Redis that keeps its data, two tower-serve (one looks at the pointer only every few seconds
-and is stopped for a moment right after the flip), tower-release and tower-encode on one core under
-`chrt --idle`, and a load generator that asks at a fixed rate whether or not answers come. Meanwhile the batch writer is killed twice and run
+and is stopped for a moment right after the flip), tower-release and tower-encode on one core under `chrt --idle`, and a
+load generator that asks at a fixed rate whether or not answers come. Meanwhile the batch writer is killed twice and run
 again, Redis is stopped and started, and the daily job runs for both releases before and after the flip.
 
 Each answer must be what the release it names computes by itself, undivided: its encoder on the user's history as of
@@ -1229,8 +1229,8 @@ def entries_of(outcomes: Sequence[Outcome], loads: Sequence[float]) -> list[dict
             "value": statistics.median(unpaused),
             "unit": "the same without the requests that waited for the stopped server, median of the runs",
             "target": 1.5,
-            "note": f"each run: {unpaused}; the server that lags behind the pointer by up to {FULL.lag_poll_ms / 1e3:.0f} s "
-            f"is counted in full",
+            "note": f"each run: {unpaused}; the server that lags behind the pointer by up to "
+            f"{FULL.lag_poll_ms / 1e3:.0f} s is counted in full",
             **about,
         },
     ]
