@@ -406,6 +406,9 @@ def draw(studies: Sequence[Mapping[str, Any]], in_bytes: Mapping[str, Any], path
                             name, (place, value), (0, -11), textcoords="offset points", fontsize=7, ha="center"
                         )
         axis.set_xscale("log")
+        axis.set_xticks([1000, 1500, 2000, 3000], ["1,000", "1,500", "2,000", "3,000"])
+        axis.minorticks_off()
+        axis.margins(y=0.1)
         axis.set_xlabel("bytes of Redis memory a user")
         axis.set_ylabel(f"Recall@{study['k']}")
         axis.set_title(study["dataset"], fontsize=10)
