@@ -532,7 +532,7 @@ class Registry:
         )
         created = datetime.now(UTC)
         manifest = Manifest(
-            release_id=f"{created:%Y%m%dT%H%M%S}-{embedding_version[:8]}",
+            release_id=f"{created:%Y%m%dT%H%M%S%f}-{embedding_version[:8]}",  # to the microsecond: ids sort by time
             state_version=state_version,
             embedding_version=embedding_version,
             config=config,

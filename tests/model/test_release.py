@@ -246,3 +246,8 @@ def test_a_writer_killed_midway_leaves_no_release(tmp_path: Path) -> None:
     assert Registry(tmp_path).releases() == [manifest.release_id]
     stored = json.loads((tmp_path / "releases" / manifest.release_id / "manifest.json").read_text())
     assert stored["state_version"] == manifest.state_version
+
+
+def test_releases_made_within_a_second_keep_their_order(tmp_path: Path) -> None:
+    made = [make_release(tmp_path, seed=seed).release_id for seed in range(4)]
+    assert Registry(tmp_path).releases() == made
