@@ -75,11 +75,17 @@ HYBRID = "state+context+live"
 def towers(device: str) -> dict[str, tuple[TowerConfig, TrainSettings]]:
     """Config and settings of the plain tower and of the one with live item features."""
     config, settings = quality.news(device)
-    # a cosine over 0.06 begins as noise of size 16, above any count; over 0.2 the first epochs are not lost to it
+    # one hash row: with many each is nearly some article's own, and what it learns there is given to a later one
     live_config = replace(
-        config, live_windows_h=(1 / 6, 0.5, 1.0, 3.0, 24.0), live_bucket_s=60, item_dropout=0.1, temperature=0.2
-    )
-    live_settings = replace(settings, new_item_share=1.0, new_item_days=DAYS, live_negatives=64)
+        config, live_windows_h=(1 / 6, 0.5, 1.0, 3.0, 24.0), live_bucket_s=60, item_dropout=0.1, temperature=0.2,
+        hash_rows=1,
+    )  # fmt: skip
+    # what a user has had is a negative like any other, so that its weight is learned; no early stopping while the
+    # learning rate is high: NDCG on the last day falls at first, and rises as the rate comes down
+    live_settings = replace(
+        settings, new_item_share=1.0, new_item_days=DAYS, live_negatives=64, mask_same_user=False,
+        epochs=10, patience=10,
+    )  # fmt: skip
     return {"plain": (config, settings), "live": (live_config, live_settings)}
 
 

@@ -152,7 +152,8 @@ class EventArrays:
     def live_requests(self, target_B: Ints, counts: LiveCounts, config: TowerConfig) -> LiveRequests:
         """The live part of requests just before given events: their time, and the user's latest items since the last
         refresh, which a caller knows whether the state has seen them or not."""
-        event_BK = target_B[:, None] - 1 - np.arange(config.live_recent)
+        limit = max(config.live_recent, config.session_limit)
+        event_BK = target_B[:, None] - 1 - np.arange(limit)
         first_B = np.maximum(self.refresh_cut_T[target_B] + 1, self.offsets[self.user_T[target_B]])
         is_there_BK = event_BK >= first_B[:, None]
         event_BK = np.maximum(event_BK, 0)
