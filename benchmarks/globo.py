@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -262,8 +261,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.data / "globo-news"
     table, _ = read_log(str(folder / "events.parquet"), description)
     items = read_items(str(folder / "items.parquet"), description)
-    if args.max_users is not None:
-        table, items = some_users(table, items, args.max_users, args.seed)
     device = torch.device(args.device)
     results: dict[str, TrainResult] = {}
     releases: dict[str, Release] = {}
@@ -271,7 +268,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, (config, settings) in towers(args.device).items():
             minutes = args.max_minutes * (PLAIN_SHARE if name == "plain" else 1 - PLAIN_SHARE)
             config = replace(config, **_chosen(args.config, name))
-            settings = replace(settings, max_minutes=minutes, seed=args.seed, **_chosen(args.settings, name))
+            settings = replace(settings, max_minutes=minutes, max_target_users=args.max_users, seed=args.seed)
+            settings = replace(settings, **_chosen(args.settings, name))
             results[name] = train(
                 table, items, None, description, Registry(registry),
                 settings=settings, config=config, device=args.device,
@@ -309,17 +307,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "hardware": hardware(),
         "versions": library_versions(),
     }
-
-
-def some_users(table: pa.Table, items: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Table]:
-    """The log of so many users, drawn with the seed, and its articles, published at their first click in it."""
-    users = table["user_id"].unique().to_numpy()
-    if len(users) <= count:
-        return table, items
-    chosen = np.random.default_rng(seed).choice(users, count, replace=False)
-    table = table.filter(pa.array(np.isin(table["user_id"].to_numpy(), chosen))).combine_chunks()
-    first = table.group_by("item_id").aggregate([("timestamp_us", "min")])
-    return table, pa.table({"item_id": first["item_id"], "available_from_us": first["timestamp_us_min"]})
 
 
 def _chosen(pairs: Sequence[str], tower: str) -> dict[str, Any]:
@@ -424,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-minutes", type=float, default=3.5, help="of training, both towers together")
     parser.add_argument("--max-test-events", type=int, help="sample the clicks asked down to so many")
-    parser.add_argument("--max-users", type=int, help="keep so many users of the log only, for a small trial")
+    parser.add_argument("--max-users", type=int, help="learn from the clicks of so many users only, for a small trial")
     parser.add_argument("--resamples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", nargs="*", default=[], metavar="NAME=JSON", help="changes to the towers")

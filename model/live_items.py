@@ -253,14 +253,12 @@ class LiveItems(nn.Module):
         self.had = nn.Parameter(torch.tensor(4.0))  # e^4: had lately, an item is as good as one with 50 times less
         with torch.no_grad():
             # begin as a count: the first value of phi is the log count of the shortest window, that of psi is 1
-            self.phi[2].weight.zero_()
-            self.phi[2].bias.zero_()
+            for value in (*self.phi[-1].parameters(), *self.pair[-1].parameters()):
+                value.zero_()
             self.shortcut.weight.zero_()
             self.shortcut.weight[0, 0] = _SCALE
             # and as a blend: softplus(log(share of followers) - log(share of all)) is what makes log(the latter) the
             # log of their sum; less for what was clicked before the latest
-            self.pair[2].weight.zero_()
-            self.pair[2].bias.zero_()
             self.pair_shortcut.weight.zero_()
             self.pair_shortcut.weight[0, 1] = -_SCALE
             self.pair_shortcut.weight[0, num_features + 1 : num_features + 4 : 2] = _SCALE / 2
@@ -373,9 +371,9 @@ def catalogue_logits(
             pair, feature_GNF[group_B[b], item], is_known_N[item], requests.log_gap_BK[b, k], torch.full_like(b, k)
         )  # fmt: skip
         logit_BN.index_put_((b, item), gain, accumulate=True)
-    b, k = torch.nonzero((requests.recent_BK >= 0) & (requests.recent_BK < num_items), as_tuple=True)
+    b, place = torch.nonzero((requests.recent_BK >= 0) & (requests.recent_BK < num_items), as_tuple=True)
     had_BN = torch.zeros_like(logit_BN, dtype=torch.bool)
-    had_BN[b, requests.recent_BK[b, k]] = True
+    had_BN[b, requests.recent_BK[b, place]] = True
     return logit_BN - live.had * had_BN
 
 

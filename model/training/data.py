@@ -450,6 +450,9 @@ class TrainingData:
         self.refresh_offset_us = refresh_offset_us
         self.is_target_T = log.positive_T & (log.item_T < log.num_items)
         self.is_target_T[held_out] = False
+        if settings.max_target_users is not None:
+            users = np.random.default_rng([settings.seed, 5]).permutation(len(log.user_ids))
+            self.is_target_T &= np.isin(log.user_T, users[: settings.max_target_users])
         target = np.flatnonzero(self.is_target_T)
         if not len(target):
             raise DataError("no training target: no positive event of a catalogue item is left")

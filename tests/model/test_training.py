@@ -42,6 +42,7 @@ QUICK = TrainSettings(
     epochs=3, tokens_per_step=24, checkpoint_steps=3, warmup_steps=2, in_batch_negatives=8, uniform_negatives=8,
     full_softmax_items=0, validation_share=0.4,
 )  # fmt: skip
+LIVE = replace(SMALL, live_windows_h=(1.0, 24.0), live_dim=4, live_bucket_s=60, live_recent=2)
 
 
 @pytest.fixture
@@ -165,6 +166,16 @@ def training_data(dataset, settings, config=SMALL):
     arrays, tower = arrays_of(events, items, users, description, config)
     held_out = validation_targets(arrays, settings, by_time=False)
     return TrainingData(arrays, held_out, tower.items.embedder, config, settings, None), held_out
+
+
+def test_targets_of_some_users_leave_the_log_whole(dataset):
+    whole, _ = training_data(dataset, QUICK, LIVE)
+    some, _ = training_data(dataset, replace(QUICK, max_target_users=3), LIVE)
+    users = np.unique(some.log.user_T[some.is_target_T])
+    assert 1 <= len(users) <= 3
+    assert (some.is_target_T == whole.is_target_T & np.isin(whole.log.user_T, users)).all()
+    assert some.num_targets == some.is_target_T.sum() < whole.num_targets
+    assert torch.equal(some.live.items.place_P, whole.live.items.place_P)
 
 
 def test_a_step_gathers_the_state_before_each_target(dataset):
@@ -451,7 +462,6 @@ def test_a_compiled_step_is_the_same_step(dataset, monkeypatch):
         assert torch.allclose(gradient, found[1][1][name], rtol=1e-3, atol=1e-6), name
 
 
-LIVE = replace(SMALL, live_windows_h=(1.0, 24.0), live_dim=4, live_bucket_s=60, live_recent=2)
 LIVE_QUICK = replace(QUICK, new_item_share=0.5, new_item_days=2, live_negatives=6)
 
 
