@@ -13,6 +13,7 @@ they are. The rivals are counted on the same requests, exactly, up to the second
     coclick_midnight         the same from the last click before midnight
     blend_10m, blend_1h      share of those who went on, / (5 + their number), plus share of all clicks in that time
     blend_..._unseen         the same, what the user has had already last
+    blend_..._today          the same again, by the last click since midnight only: older ones mislead
 
 The log is for research only and is not part of the repository.
 """
@@ -67,6 +68,7 @@ TOWERS = ("state", "state+context", "state+live", "state+context+live", "fresh+c
 RIVALS = (
     *(f"popular_{name}" for name in POPULAR_HOURS), "coclick_last", "coclick_midnight",
     *(f"blend_{name}" for name in BLENDS), *(f"blend_{name}_unseen" for name in BLENDS),
+    *(f"blend_{name}_today" for name in BLENDS),
 )  # fmt: skip
 HYBRID = "state+context+live"
 
@@ -83,7 +85,7 @@ def towers(device: str) -> dict[str, tuple[TowerConfig, TrainSettings]]:
     # learning rate is high: NDCG on the last day falls at first, and rises as the rate comes down
     live_settings = replace(
         settings, new_item_share=1.0, new_item_days=DAYS, live_negatives=64, mask_same_user=False,
-        epochs=10, patience=10,
+        epochs=12, patience=12,
     )  # fmt: skip
     return {"plain": (config, settings), "live": (live_config, live_settings)}
 
@@ -154,12 +156,14 @@ def rival_ranks(
         scores = {f"popular_{name}": count_bN for name, count_bN in popular.items()}
         scores["coclick_last"] = coclicks(exact, last, bucket, events.num_items)
         scores["coclick_midnight"] = coclicks(exact, night, bucket, events.num_items)
+        follow_bN = scores["coclick_last"]
+        follow_bN = follow_bN / (follow_bN.sum(1, keepdim=True) + _BLEND_PRIOR)
+        is_today_b1 = torch.from_numpy(before_B[part] > midnight_B[part]).to(device)[:, None]
         for name in BLENDS:
-            follow_bN, popular_bN = scores["coclick_last"], popular[name]
-            share_bN = popular_bN / popular_bN.sum(1, keepdim=True).clamp(min=1)
-            blend_bN = share_bN + follow_bN / (follow_bN.sum(1, keepdim=True) + _BLEND_PRIOR)
-            scores[f"blend_{name}"] = blend_bN
-            scores[f"blend_{name}_unseen"] = torch.where(had, blend_bN - 2, blend_bN)
+            share_bN = popular[name] / popular[name].sum(1, keepdim=True).clamp(min=1)
+            scores[f"blend_{name}"] = share_bN + follow_bN
+            scores[f"blend_{name}_unseen"] = share_bN + follow_bN - 2.0 * had
+            scores[f"blend_{name}_today"] = share_bN + follow_bN * is_today_b1 - 2.0 * had
         item = torch.from_numpy(candidates.item_B[part]).to(device)
         for name, score_bN in scores.items():
             ranks[name][part] = ranks_of(score_bN, item, excluded).cpu().numpy()
@@ -410,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=next((p for p in places if p.exists()), places[-1]))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-minutes", type=float, default=3.5, help="of training, both towers together")
-    parser.add_argument("--max-test-events", type=int, help="sample the clicks asked down to so many")
+    parser.add_argument("--max-test-events", type=int, default=400_000, help="sample the clicks asked down to so many")
     parser.add_argument("--max-users", type=int, help="learn from the clicks of so many users only, for a small trial")
     parser.add_argument("--resamples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
