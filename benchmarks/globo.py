@@ -13,6 +13,7 @@ they are. The rivals are counted on the same requests, exactly, up to the second
     coclick_midnight         the same from the last click before midnight
     blend_10m, blend_1h      share of those who went on, / (5 + their number), plus share of all clicks in that time
     blend_..._unseen         the same, what the user has had already last
+    blend_..._today          the same again, by the last click since midnight only: older ones mislead
 
 The log is for research only and is not part of the repository.
 """
@@ -28,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -68,6 +68,7 @@ TOWERS = ("state", "state+context", "state+live", "state+context+live", "fresh+c
 RIVALS = (
     *(f"popular_{name}" for name in POPULAR_HOURS), "coclick_last", "coclick_midnight",
     *(f"blend_{name}" for name in BLENDS), *(f"blend_{name}_unseen" for name in BLENDS),
+    *(f"blend_{name}_today" for name in BLENDS),
 )  # fmt: skip
 HYBRID = "state+context+live"
 
@@ -75,11 +76,17 @@ HYBRID = "state+context+live"
 def towers(device: str) -> dict[str, tuple[TowerConfig, TrainSettings]]:
     """Config and settings of the plain tower and of the one with live item features."""
     config, settings = quality.news(device)
-    # a cosine over 0.06 begins as noise of size 16, above any count; over 0.2 the first epochs are not lost to it
+    # one hash row: with many each is nearly some article's own, and what it learns there is given to a later one
     live_config = replace(
-        config, live_windows_h=(1 / 6, 0.5, 1.0, 3.0, 24.0), live_bucket_s=60, item_dropout=0.1, temperature=0.2
-    )
-    live_settings = replace(settings, new_item_share=1.0, new_item_days=DAYS, live_negatives=64)
+        config, live_windows_h=(1 / 6, 0.5, 1.0, 3.0, 24.0), live_bucket_s=60, item_dropout=0.1, temperature=0.2,
+        hash_rows=1,
+    )  # fmt: skip
+    # what a user has had is a negative like any other, so that its weight is learned; no early stopping while the
+    # learning rate is high: NDCG on the last day falls at first, and rises as the rate comes down
+    live_settings = replace(
+        settings, new_item_share=1.0, new_item_days=DAYS, live_negatives=64, mask_same_user=False,
+        epochs=12, patience=12,
+    )  # fmt: skip
     return {"plain": (config, settings), "live": (live_config, live_settings)}
 
 
@@ -149,12 +156,14 @@ def rival_ranks(
         scores = {f"popular_{name}": count_bN for name, count_bN in popular.items()}
         scores["coclick_last"] = coclicks(exact, last, bucket, events.num_items)
         scores["coclick_midnight"] = coclicks(exact, night, bucket, events.num_items)
+        follow_bN = scores["coclick_last"]
+        follow_bN = follow_bN / (follow_bN.sum(1, keepdim=True) + _BLEND_PRIOR)
+        is_today_b1 = torch.from_numpy(before_B[part] > midnight_B[part]).to(device)[:, None]
         for name in BLENDS:
-            follow_bN, popular_bN = scores["coclick_last"], popular[name]
-            share_bN = popular_bN / popular_bN.sum(1, keepdim=True).clamp(min=1)
-            blend_bN = share_bN + follow_bN / (follow_bN.sum(1, keepdim=True) + _BLEND_PRIOR)
-            scores[f"blend_{name}"] = blend_bN
-            scores[f"blend_{name}_unseen"] = torch.where(had, blend_bN - 2, blend_bN)
+            share_bN = popular[name] / popular[name].sum(1, keepdim=True).clamp(min=1)
+            scores[f"blend_{name}"] = share_bN + follow_bN
+            scores[f"blend_{name}_unseen"] = share_bN + follow_bN - 2.0 * had
+            scores[f"blend_{name}_today"] = share_bN + follow_bN * is_today_b1 - 2.0 * had
         item = torch.from_numpy(candidates.item_B[part]).to(device)
         for name, score_bN in scores.items():
             ranks[name][part] = ranks_of(score_bN, item, excluded).cpu().numpy()
@@ -256,8 +265,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.data / "globo-news"
     table, _ = read_log(str(folder / "events.parquet"), description)
     items = read_items(str(folder / "items.parquet"), description)
-    if args.max_users is not None:
-        table, items = some_users(table, items, args.max_users, args.seed)
     device = torch.device(args.device)
     results: dict[str, TrainResult] = {}
     releases: dict[str, Release] = {}
@@ -265,7 +272,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, (config, settings) in towers(args.device).items():
             minutes = args.max_minutes * (PLAIN_SHARE if name == "plain" else 1 - PLAIN_SHARE)
             config = replace(config, **_chosen(args.config, name))
-            settings = replace(settings, max_minutes=minutes, seed=args.seed, **_chosen(args.settings, name))
+            settings = replace(settings, max_minutes=minutes, max_target_users=args.max_users, seed=args.seed)
+            settings = replace(settings, **_chosen(args.settings, name))
             results[name] = train(
                 table, items, None, description, Registry(registry),
                 settings=settings, config=config, device=args.device,
@@ -303,17 +311,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "hardware": hardware(),
         "versions": library_versions(),
     }
-
-
-def some_users(table: pa.Table, items: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Table]:
-    """The log of so many users, drawn with the seed, and its articles, published at their first click in it."""
-    users = table["user_id"].unique().to_numpy()
-    if len(users) <= count:
-        return table, items
-    chosen = np.random.default_rng(seed).choice(users, count, replace=False)
-    table = table.filter(pa.array(np.isin(table["user_id"].to_numpy(), chosen))).combine_chunks()
-    first = table.group_by("item_id").aggregate([("timestamp_us", "min")])
-    return table, pa.table({"item_id": first["item_id"], "available_from_us": first["timestamp_us_min"]})
 
 
 def _chosen(pairs: Sequence[str], tower: str) -> dict[str, Any]:
@@ -417,8 +414,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=next((p for p in places if p.exists()), places[-1]))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-minutes", type=float, default=3.5, help="of training, both towers together")
-    parser.add_argument("--max-test-events", type=int, help="sample the clicks asked down to so many")
-    parser.add_argument("--max-users", type=int, help="keep so many users of the log only, for a small trial")
+    parser.add_argument("--max-test-events", type=int, default=400_000, help="sample the clicks asked down to so many")
+    parser.add_argument("--max-users", type=int, help="learn from the clicks of so many users only, for a small trial")
     parser.add_argument("--resamples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", nargs="*", default=[], metavar="NAME=JSON", help="changes to the towers")

@@ -60,7 +60,7 @@ class TowerConfig:
     live_bucket_s: int = 60
     """Counts are taken at whole multiples of so many seconds; a request sees the last one at or before it."""
     live_recent: int = 3
-    """Most of a request's latest session events whose followers are scored; see model.live_items."""
+    """Most of a request's latest session events whose followers are scored; all of them count as had."""
 
     def __post_init__(self) -> None:
         at_least_one = (

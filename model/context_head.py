@@ -100,16 +100,18 @@ class ContextHead(nn.Module):
         self.hidden = nn.Linear(joined, config.head_hidden)
         self.out = nn.Linear(config.head_hidden, config.embedding_dim)
         self.shortcut = nn.Linear(joined, config.embedding_dim, bias=False)
-        self.live = nn.Linear(config.head_hidden, config.live_width) if config.live_width else None
+        self.live = nn.Linear(config.head_hidden, 1 + config.live_width) if config.live_width else None
         if self.live is not None:
-            with torch.no_grad():
-                self.live.bias[0] = 1.0
+            with torch.no_grad():  # begin with the count alone (model.live_items): nothing of E, psi's first value 1
+                self.live.weight[:2].zero_()
+                self.live.bias[:2] = torch.tensor([0.0, 1.0])
 
     def forward(self, state_BD: torch.Tensor, context: ContextFeatures, item_IE: torch.Tensor) -> torch.Tensor:
         """state_BD: f32 [B, W], the cold state where a user has none. item_IE: f32 [I, E], the item tower's rows.
 
-        Returns f32 [B, E], L2-normalised; with live features f32 [B, E + L], whose last L values weigh the live part
-        of items (model.live_items) and are scaled like the cosine: divided by the temperature they are logits.
+        Returns f32 [B, E], L2-normalised; with live features f32 [B, E + L], whose first E values are gated and whose
+        last L weigh the live part of items (model.live_items), scaled like the cosine: over the temperature they are
+        logits.
         In training, parts of the context and whole states are dropped at random.
         """
         if self.training:
@@ -125,7 +127,8 @@ class ContextHead(nn.Module):
         user_BE = F.normalize(self.out(hidden) + self.shortcut(joined), dim=-1)
         if self.live is None:
             return user_BE
-        return torch.cat([user_BE, self.live(hidden) * self.config.temperature], -1)
+        weight = self.live(hidden)
+        return torch.cat([user_BE * weight[:, :1], weight[:, 1:] * self.config.temperature], -1)
 
     def _context(self, context: ContextFeatures, item_IE: torch.Tensor) -> torch.Tensor:
         weight_BM = context.subject_weight_BM

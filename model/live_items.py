@@ -1,11 +1,16 @@
 """Live item features: what the log says of an item at the time of a request, for training, evaluation and serving.
 
-    score(request, item) = cos(user, item) / temperature + psi(request) . phi(item, t) + follows(recent, item, t)
+    score(request, item) = gate(request) cos(user, item) / temperature + psi(request) . phi(item, t)
+                         + follows(recent, item, t) - had(recent, item)
 
-phi is a small network over counts of the item's events in several windows before t, psi is linear in the head's hidden
-layer; behind the E values of user and item vectors they are part of the same dot product. `follows` adds to the items
-that others went on to from the request's latest items. It is never negative and zero for all but an item's followers,
-so the best k by the whole score are among the best k by the dot product and those followers.
+phi is a small network over counts of the item's events in several windows before t, psi and the gate are linear in the
+head's hidden layer; behind the E values of user and item vectors they are part of the same dot product. `follows` adds
+to the items that others went on to from the request's latest items. It is never negative and zero for all but an item's
+followers, and `had` takes from the session's own items alone: so the best k by the whole score are among those of the
+session, the followers, and the best k + session_limit by the dot product.
+
+All begins as a count: gate 0, psi . phi the log count of the shortest window, and with `follows` the log of a blend of
+popularity and of what others went on to.
 
 Counts are point in time: at a request they hold the positive events before the last multiple of `live_bucket_s`, and
 nothing of the request's own bucket. An item's age is counted from its first event, not from a declared time of
@@ -245,15 +250,17 @@ class LiveItems(nn.Module):
         num_inputs = num_features + 4 + 1 + config.live_recent
         self.pair = nn.Sequential(nn.Linear(num_inputs, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
         self.pair_shortcut = nn.Linear(num_inputs, 1, bias=False)
-        windows = len(config.live_windows_h)
+        self.had = nn.Parameter(torch.tensor(4.0))  # e^4: had lately, an item is as good as one with 50 times less
         with torch.no_grad():
-            # begin as a count: the first value of phi is the mean log count, that of psi about 1
+            # begin as a count: the first value of phi is the log count of the shortest window, that of psi is 1
+            for value in (*self.phi[-1].parameters(), *self.pair[-1].parameters()):
+                value.zero_()
             self.shortcut.weight.zero_()
-            self.shortcut.weight[0, : 2 * windows : 2] = _SCALE / windows
+            self.shortcut.weight[0, 0] = _SCALE
             # and as a blend: softplus(log(share of followers) - log(share of all)) is what makes log(the latter) the
             # log of their sum; less for what was clicked before the latest
             self.pair_shortcut.weight.zero_()
-            self.pair_shortcut.weight[0, 2 * (windows // 2) + 1] = -_SCALE
+            self.pair_shortcut.weight[0, 1] = -_SCALE
             self.pair_shortcut.weight[0, num_features + 1 : num_features + 4 : 2] = _SCALE / 2
             self.pair_shortcut.weight[0, num_features + 6 :] = -2.0
 
@@ -292,7 +299,8 @@ class LiveRequests:
 
     bucket_B: torch.Tensor
     recent_BK: torch.Tensor
-    """i64 [B, K], rows of the latest items since the last refresh, latest first; -1 for none."""
+    """i64 [B, K], rows of the latest items since the last refresh, latest first; -1 for none. The first live_recent of
+    them are followed, all count as had."""
     log_gap_BK: torch.Tensor
     """f32 [B, K], log of 1 + seconds since."""
 
@@ -322,14 +330,14 @@ def live_logits(
     item_BM: torch.Tensor,
     is_known_BM: torch.Tensor,
 ) -> torch.Tensor:
-    """psi . phi + follows of given items for each request: f32 [B, M].
+    """psi . phi + follows - had of given items for each request: f32 [B, M].
 
     psi_BL: logits, that is divided by the temperature. item_BM: i64 in [0, I).
     """
     bucket_B1 = requests.bucket_B[:, None]
     feature_BMF = counts.item_features(item_BM, bucket_B1)
     logit_BM = torch.einsum("bl,bml->bm", psi_BL, live(feature_BMF, is_known_BM))
-    for k in range(requests.recent_BK.shape[1]):
+    for k in range(live.num_recent):
         source_B1 = requests.recent_BK[:, k : k + 1]
         pair = counts.pair_features(source_B1.clamp(min=0), item_BM, bucket_B1) * (source_B1 >= 0)[..., None]
         b, m = torch.nonzero(pair[..., 2], as_tuple=True)
@@ -337,7 +345,8 @@ def live_logits(
             pair[b, m], feature_BMF[b, m], is_known_BM[b, m], requests.log_gap_BK[b, k], torch.full_like(b, k)
         )  # fmt: skip
         logit_BM = logit_BM.index_put((b, m), gain, accumulate=True)
-    return logit_BM
+    had_BM = (item_BM[:, :, None] == requests.recent_BK[:, None, :]).any(-1)
+    return logit_BM - live.had * had_BM
 
 
 @torch.inference_mode()
@@ -354,7 +363,7 @@ def catalogue_logits(
     feature_GNF = counts.item_features(item_GN, bucket_G[:, None])
     phi_GNL = live(feature_GNF, is_known_N.expand(len(bucket_G), num_items))
     logit_BN = psi_BL @ phi_GNL[0].T if len(bucket_G) == 1 else torch.einsum("bl,bnl->bn", psi_BL, phi_GNL[group_B])
-    for k in range(requests.recent_BK.shape[1]):
+    for k in range(live.num_recent):
         b, item = counts.followers(requests.recent_BK[:, k])
         b, item = b[item < num_items], item[item < num_items]
         pair = counts.pair_features(requests.recent_BK[b, k], item, requests.bucket_B[b])
@@ -362,7 +371,10 @@ def catalogue_logits(
             pair, feature_GNF[group_B[b], item], is_known_N[item], requests.log_gap_BK[b, k], torch.full_like(b, k)
         )  # fmt: skip
         logit_BN.index_put_((b, item), gain, accumulate=True)
-    return logit_BN
+    b, place = torch.nonzero((requests.recent_BK >= 0) & (requests.recent_BK < num_items), as_tuple=True)
+    had_BN = torch.zeros_like(logit_BN, dtype=torch.bool)
+    had_BN[b, requests.recent_BK[b, place]] = True
+    return logit_BN - live.had * had_BN
 
 
 def time_chunks(bucket_B: Ints, most_requests: int, most_buckets: int) -> Iterator[Ints]:

@@ -116,9 +116,10 @@ class ServingHead:
         self._hidden = head.hidden.weight.shape[0]
         self._out_HE = _array(head.out.weight.T)
         self._has_live = head.live is not None
-        if head.live is not None:  # behind the E values, not normalised
-            self._live_HL = _array(head.live.weight.T) * np.float32(config.temperature)
-            self._live_bias_L = _array(head.live.bias) * np.float32(config.temperature)
+        if head.live is not None:  # a weight of the E values, and what stands behind them, not normalised
+            scale_L = np.array([1.0] + config.live_width * [config.temperature], np.float32)
+            self._live_HL = _array(head.live.weight.T) * scale_L
+            self._live_bias_L = _array(head.live.bias) * scale_L
         self._check(release)
 
     def embed(self, states: Floats, contexts: Sequence[Context], history_until_us: Sequence[int | None]) -> Floats:
@@ -144,7 +145,8 @@ class ServingHead:
         embedding_BE /= np.maximum(length_B, _SHORTEST)[:, None]
         if not self._has_live:
             return embedding_BE
-        return np.concatenate([embedding_BE, hidden_BH @ self._live_HL + self._live_bias_L], 1)
+        live_BL = hidden_BH @ self._live_HL + self._live_bias_L
+        return np.concatenate([embedding_BE * live_BL[:, :1], live_BL[:, 1:]], 1)
 
     def _write_context(self, features: ContextArrays, row: Floats) -> None:
         """Writes the context's vector, less its mean."""

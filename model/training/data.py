@@ -152,7 +152,8 @@ class EventArrays:
     def live_requests(self, target_B: Ints, counts: LiveCounts, config: TowerConfig) -> LiveRequests:
         """The live part of requests just before given events: their time, and the user's latest items since the last
         refresh, which a caller knows whether the state has seen them or not."""
-        event_BK = target_B[:, None] - 1 - np.arange(config.live_recent)
+        limit = max(config.live_recent, config.session_limit)
+        event_BK = target_B[:, None] - 1 - np.arange(limit)
         first_B = np.maximum(self.refresh_cut_T[target_B] + 1, self.offsets[self.user_T[target_B]])
         is_there_BK = event_BK >= first_B[:, None]
         event_BK = np.maximum(event_BK, 0)
@@ -449,6 +450,9 @@ class TrainingData:
         self.refresh_offset_us = refresh_offset_us
         self.is_target_T = log.positive_T & (log.item_T < log.num_items)
         self.is_target_T[held_out] = False
+        if settings.max_target_users is not None:
+            users = np.random.default_rng([settings.seed, 5]).permutation(len(log.user_ids))
+            self.is_target_T &= np.isin(log.user_T, users[: settings.max_target_users])
         target = np.flatnonzero(self.is_target_T)
         if not len(target):
             raise DataError("no training target: no positive event of a catalogue item is left")

@@ -148,6 +148,10 @@ class Trainer:
         settings, progress = self.settings, self.progress
         started = time.monotonic() - progress.seconds
         board = _tensorboard(self.folder)
+        if self._counts is not None and not progress.total_steps and len(self.validation):
+            metrics = self.validate()  # it begins as a count: the best weights may be those it has
+            self._keep_best(metrics)
+            progress.history.append({"epoch": 0, "seconds": 0.0, **metrics})
         stop = self._finished()
         while not stop:
             steps = self.data.plan(progress.epoch)
@@ -514,7 +518,7 @@ def train(
     progress = trainer.progress
     if missed := sorted(epoch for epoch in release_at if epoch > progress.epoch):
         log.warning("the run ended after epoch %d: no release at %s", progress.epoch, missed)
-    manifest = release(progress.best_epoch if progress.best_epoch > 0 else progress.epoch, progress.history)
+    manifest = release(progress.best_epoch if progress.best_epoch >= 0 else progress.epoch, progress.history)
     if head_only_from is not None:
         kept = registry.manifest(head_only_from).state_version
         if manifest.state_version != kept:

@@ -82,12 +82,15 @@ class TrainSettings:
     """Wall-clock limit; the learning rate is brought down in time for it."""
     max_users: int | None = None
     """Train on so many users, drawn with the seed."""
+    max_target_users: int | None = None
+    """Ask the targets of so many users only, drawn with the seed; the others' events are still counted, as negatives
+    and by live features. For trials whose traffic is the whole log's."""
     max_events: int | None = None
     """Train on so many of the latest events."""
 
     def __post_init__(self) -> None:
         at_least_one = ("epochs", "tokens_per_step", "targets_per_history", "patience", "checkpoint_steps")
-        for name in (*at_least_one, "live_negatives", "new_item_days", "max_users", "max_events"):
+        for name in (*at_least_one, "live_negatives", "new_item_days", "max_users", "max_target_users", "max_events"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")

@@ -219,6 +219,7 @@ def test_live_ranks_are_those_of_the_whole_score(tmp_path):
     """Requests in groups of a bucket, scored as if one by one, and ranked among what was born and not had."""
     config = replace(SMALL, live_windows_h=(1.0, 24.0), live_dim=4, live_recent=2)
     release, table, items, arrays = make_case(tmp_path, available_from="born", config=config)
+    torch.nn.init.normal_(release.head.live.weight)  # it begins with no weight on the E values
     births = pa.array([0, 0, 0, 0, 0, None, DAY_US * 19_002], pa.int64())
     items = items.append_column("available_from_us", births)
     target = np.array([3, 4, 7, 8, 9])

@@ -103,6 +103,30 @@ def test_the_expected_count_of_a_draw_by_hand():
     assert log_count.exp().flatten().tolist() == pytest.approx([wanted[item] for item in items.flatten().tolist()])
 
 
+def test_it_begins_as_a_count_and_a_blend():
+    live = LiveItems(CONFIG).requires_grad_(False)
+    item, bucket = torch.tensor([1, 2, 3]), at(COUNTS, [119]).expand(3)
+    feature, is_known = COUNTS.item_features(item, bucket), torch.tensor([True, False, True])
+    # within the hour before minute 110: item 1 once, item 2 once, item 3 never
+    wanted = [[math.log(2), 0, 0, 0], [math.log(2), 0, 0, 0], [0, 0, 0, 0]]
+    assert live(feature, is_known).tolist() == [pytest.approx(row) for row in wanted]
+    pair = COUNTS.pair_features(torch.tensor([1]), item, bucket)
+    gain = live.follows(pair, feature, is_known, torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+    # 2 followed 1 twice of twice, in either span: (1 + 2) / (1 + 2); of all clicks in the hour it has (1 + 1) / (1 + 2)
+    assert gain.tolist() == pytest.approx([0, math.log(1 + 1 / (2 / 3)), 0])
+
+
+def test_what_a_request_had_is_taken_down_whether_it_has_followers_or_not():
+    live = LiveItems(CONFIG).requires_grad_(False)
+    live.had.fill_(1.5)
+    # three latest, of which live_recent = 2 are followed; 5 is no item of the catalogue
+    requests = LiveRequests(at(COUNTS, [5]), torch.tensor([[4, 5, 0]]), torch.zeros(1, 3))
+    psi, is_known = torch.zeros(1, 4), torch.ones(5, dtype=torch.bool)
+    items = torch.arange(5)[None]
+    assert catalogue_logits(live, COUNTS, requests, psi, is_known).tolist() == [[-1.5, 0, 0, 0, -1.5]]
+    assert live_logits(live, COUNTS, requests, psi, items, is_known[None]).tolist() == [[-1.5, 0, 0, 0, -1.5]]
+
+
 def test_some_items_and_the_whole_catalogue_score_alike():
     torch.manual_seed(1)
     live = LiveItems(CONFIG).requires_grad_(False)
@@ -115,7 +139,9 @@ def test_some_items_and_the_whole_catalogue_score_alike():
     some = live_logits(live, COUNTS, requests, psi, items.expand(3, 5), is_known.expand(3, 5))
     torch.testing.assert_close(some, whole, rtol=1e-5, atol=1e-5)
     alone = catalogue_logits(live, COUNTS, requests.without_recent(), psi, is_known)
-    gain = whole - alone
+    had = torch.zeros(3, 5)
+    had[[0, 0, 1], [1, 2, 3]] = live.had
+    gain = whole - alone + had
     # 1 was followed by 2 and 2 by 3, but the latter in the request's own bucket
     assert gain[0, 2] > 0.01
     assert int((gain.abs() > 1e-6).sum()) == 1
