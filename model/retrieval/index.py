@@ -26,15 +26,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from model.errors import IndexBusy, ShapeError
-from model.retrieval.rows import FIELDS, NONE, Deltas, ItemId, ItemRows, Layout, check_ids, check_version
+from model.retrieval.rows import NONE, Deltas, ItemId, ItemRows, Layout, check_ids, check_version
 from model.retrieval.rules import Plan, Request, Requests
-from model.retrieval.select import Found, select
+from model.retrieval.select import Found, select, select_exactly
 
-LEAST_POOL = 1024
-POOL_PER_RESULT = 4
-"""Candidates looked at first, for each item the walk has to find, where there are caps."""
-ROUNDS = 3
-"""Rounds of settling two caps at first."""
 GROWTH = 1.5
 WAIT_S = 5.0
 """Longest an update waits for requests that still read the table it is to be written into."""
@@ -139,11 +134,13 @@ class Retrieval(nn.Module):
     def forward(
         self, columns: Columns, user_BE: torch.Tensor, requests: Requests, plan: Plan, pool: int, rounds: int
     ) -> Found:
-        """See `select.select`. user_BE: float, on the device of the columns."""
+        """One pass of fixed shape, exact where `is_exact_B`: see `select.select`.
+
+        user_BE: float [B, E], on the device of the columns.
+        """
         utility_BN = self.utilities(columns, user_BE, requests)
-        groups = {"advertiser": columns.advertiser_N, "category": columns.category_N}
         allowed_BN = self.allowed(columns, requests)
-        return select(utility_BN, allowed_BN, groups, requests.seed_B, plan, pool=pool, rounds=rounds)
+        return select(utility_BN, allowed_BN, groups_of(columns), requests.seed_B, plan, pool=pool, rounds=rounds)
 
     def utilities(self, columns: Columns, user_BE: torch.Tensor, requests: Requests) -> torch.Tensor:
         """f32 [B, N]: sum over tasks of weight * score, times bid ** bid_power."""
@@ -154,7 +151,8 @@ class Retrieval(nn.Module):
             )
         # A power in float64, rounded to float32, is the same on every device.
         factor_BN = columns.bid_N.double() ** requests.bid_power_B[:, None]
-        return (score_BTN * requests.weight_BT[:, :, None]).sum(1).float() * factor_BN.float()
+        utility_BN: torch.Tensor = (score_BTN * requests.weight_BT[:, :, None]).sum(1).float() * factor_BN.float()
+        return utility_BN
 
     def allowed(self, columns: Columns, requests: Requests) -> torch.Tensor:
         """bool [B, N]: what each request may be shown."""
@@ -178,23 +176,14 @@ class Retrieval(nn.Module):
         return allowed_BN.flatten().index_fill(0, place_X, False).view_as(allowed_BN)
 
     def search(self, columns: Columns, user_BE: torch.Tensor, requests: Requests, plan: Plan) -> Found:
-        """The exact slates: pool and rounds grow until every request of the batch is answered exactly."""
-        rows = len(columns.bid_N)
-        if not rows:
-            empty = torch.full((len(requests), plan.k), -1, device=user_BE.device)
-            nothing = torch.zeros(len(requests), dtype=torch.int64, device=user_BE.device)
-            return Found(empty, torch.full(empty.shape, -torch.inf, device=user_BE.device), nothing, nothing == 0)
-        pool, rounds = first_pool(plan, rows), ROUNDS
-        found: Found = self(columns, user_BE, requests, plan, pool, rounds)
-        while not bool(found.is_exact_B.all()):
-            pool, rounds = min(rows, pool * 4), rounds * 4
-            found = self(columns, user_BE, requests, plan, pool, rounds)
-        return found
+        """The exact slates, whatever pool it takes; scores are computed once. See `select.select_exactly`."""
+        utility_BN, allowed_BN = self.utilities(columns, user_BE, requests), self.allowed(columns, requests)
+        return select_exactly(utility_BN, allowed_BN, groups_of(columns), requests.seed_B, plan)
 
 
-def first_pool(plan: Plan, rows: int) -> int:
-    """Candidates to look at first: what the walk needs, and room for what the caps skip."""
-    return min(rows, max(LEAST_POOL, plan.walked * POOL_PER_RESULT) if plan.caps else plan.walked)
+def groups_of(columns: Columns) -> dict[str, torch.Tensor]:
+    """What caps count, by the plan's names."""
+    return {"advertiser": columns.advertiser_N, "category": columns.category_N}
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +250,8 @@ class LiveIndex:
         self._reading, self._idle = _Side(tables[0]), _Side(tables[1])
         self._moved = threading.Condition()
         self._writing = threading.Lock()
-        self._stream = torch.cuda.Stream(device) if tables[0].device.type == "cuda" else None
+        is_cuda = tables[0].device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
         self._row_of: dict[Any, int] = {}
         self._ids: list[Any] = []
         self._has_row: list[bool] = []
@@ -388,7 +378,7 @@ class LiveIndex:
                 )
         behind_R = idle.behind_R
         # Until the swap: should the write fail, the next one copies these rows back.
-        idle.behind_R = torch.cat([behind_R, row_R]).unique()
+        idle.behind_R = torch.cat([behind_R, row_R]).unique()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             if count > idle.table.capacity:
                 idle.table = reading.table.grown(max(count, int(reading.table.capacity * GROWTH)))

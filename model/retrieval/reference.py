@@ -74,18 +74,19 @@ def walk(rows: ItemRows, utility_N: Floats, allowed: list[bool], plan: Plan) -> 
         advertiser, category = int(rows.advertiser_R[n]), int(rows.category_R[n])
         if not allowed[n] or not np.isfinite(utility_N[n]):
             continue
-        if plan.advertiser_cap is not None and advertiser >= 0:
-            if of_advertiser.get(advertiser, 0) >= plan.advertiser_cap:
-                continue
-        if plan.category_cap is not None and category >= 0:
-            if of_category.get(category, 0) >= plan.category_cap:
-                continue
+        if is_full(advertiser, of_advertiser, plan.advertiser_cap) or is_full(category, of_category, plan.category_cap):
+            continue
         of_advertiser[advertiser] = of_advertiser.get(advertiser, 0) + 1
         of_category[category] = of_category.get(category, 0) + 1
         taken.append(n)
         if len(taken) == plan.walked:
             break
     return taken
+
+
+def is_full(group: int, taken: dict[int, int], cap: int | None) -> bool:
+    """Whether no more of a group may be taken; -1 is no group."""
+    return cap is not None and group >= 0 and taken.get(group, 0) >= cap
 
 
 def slate(rows: ItemRows, utility_N: Floats, allowed: list[bool], plan: Plan, seed: int) -> list[int]:

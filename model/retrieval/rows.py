@@ -127,7 +127,7 @@ class ItemRows:
         scalar_RS: Any = None, mask_RW: Any = None, category_R: Any = None, advertiser_R: Any = None,
         attribute_RA: Any = None, bid_R: Any = None, budget_R: Any = None, eligible_R: Any = None,
     ) -> Self:  # fmt: skip
-        """Rows of arrays or lists; what is left out is 0, none, unknown, bid 1, budget 0, eligible. Raises ShapeError."""
+        """Rows of arrays or lists; left out means 0, none, unknown, bid 1, budget 0, eligible. Raises ShapeError."""
         rows = len(item_ids)
 
         def made(value: Any, dtype: torch.dtype, default: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ class ItemRows:
 
 @dataclass(frozen=True, slots=True)
 class Deltas:
-    """New bids, budgets or eligibility of items, as values, not differences: a batch sent twice changes nothing more."""
+    """New bids, budgets or eligibility of items: values, not differences, so sending a batch twice changes nothing."""
 
     embedding_version: str
     item_ids: list[Any]

@@ -1,4 +1,4 @@
-"""What a request asks of the index: its own wishes (Request), the plan it shares with its batch, and both as tensors."""
+"""What a request asks of the index: its own wishes, the plan it shares with its batch, and the batch as tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields

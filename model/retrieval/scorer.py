@@ -7,6 +7,7 @@ import math
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model.errors import ShapeError
@@ -59,20 +60,21 @@ class InteractionScorer(nn.Module):
     def forward(self, user_BE: torch.Tensor, feature_NF: torch.Tensor) -> torch.Tensor:
         """user_BE: float [B, E]. feature_NF: float [N, E + S]. Returns f32 [B, T, N] in (0, 1), or f64 for f64.
 
-        Computes in the parameters' dtype; a GPU's bfloat16 products are summed in float32. Raises ShapeError.
+        Computes in the parameters' dtype, the last layer at least in float32 (rounded logits tie). Raises ShapeError.
         """
         self._check(user_BE, feature_NF)
         user_BE, feature_NF = user_BE.to(self.weight_IH.dtype), feature_NF.to(self.weight_IH.dtype)
         weight_BFH, bias_BH = self.folded(user_BE)
         hidden_bytes = len(user_BE) * len(self.bias_H) * feature_NF.element_size()
         chunk = max(1, MAX_HIDDEN_BYTES[feature_NF.device.type] // hidden_bytes)
-        scores = [self._rest(part @ weight_BFH + bias_BH[:, None]) for part in feature_NF.split(chunk)]
+        scores = [self._rest(part @ weight_BFH + bias_BH[:, None]) for part in torch.split(feature_NF, chunk)]
         return torch.cat(scores, dim=2) if len(scores) != 1 else scores[0]
 
     def folded(self, user_BE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The first layer of each request: weight_BFH over [item, scalars], and bias_BH."""
         width = self.embedding_dim
-        user_EH, item_EH, product_EH, scalar_SH = self.weight_IH.split([width, width, width, self.scalars])
+        user_EH, item_EH = self.weight_IH[:width], self.weight_IH[width : 2 * width]
+        product_EH, scalar_SH = self.weight_IH[2 * width : 3 * width], self.weight_IH[3 * width :]
         item_BEH = item_EH + user_BE[:, :, None] * product_EH
         weight_BFH = torch.cat([item_BEH, scalar_SH.expand(len(user_BE), -1, -1)], dim=1)
         return weight_BFH, user_BE @ user_EH + self.bias_H
@@ -81,15 +83,16 @@ class InteractionScorer(nn.Module):
         """The formula as written: every pair's 3 E + S inputs side by side. Shapes as in `forward`."""
         self._check(user_BE, feature_NF)
         user_BE, feature_NF = user_BE.to(self.weight_IH.dtype), feature_NF.to(self.weight_IH.dtype)
-        item_NE, scalar_NS = feature_NF.split([self.embedding_dim, self.scalars], dim=1)
+        item_NE, scalar_NS = feature_NF[:, : self.embedding_dim], feature_NF[:, self.embedding_dim :]
         shape = (len(user_BE), len(feature_NF), -1)
         user_BNE = user_BE[:, None].expand(shape)
         inputs = torch.cat([user_BNE, item_NE.expand(shape), user_BNE * item_NE, scalar_NS.expand(shape)], dim=2)
         return self._rest(inputs @ self.weight_IH + self.bias_H)
 
     def _rest(self, first_BNH: torch.Tensor) -> torch.Tensor:
-        logit_BNT = self.out(torch.relu(self.second(torch.relu(first_BNH))))
-        return torch.sigmoid(_at_least_float(logit_BNT)).transpose(1, 2)
+        second_BNG = _at_least_float(torch.relu(self.second(torch.relu(first_BNH))))
+        weight_TG, bias_T = (_at_least_float(part) for part in (self.out.weight, self.out.bias))
+        return torch.sigmoid(F.linear(second_BNG, weight_TG, bias_T)).transpose(1, 2)
 
     def _check(self, user_BE: torch.Tensor, feature_NF: torch.Tensor) -> None:
         wanted = self.embedding_dim, self.embedding_dim + self.scalars

@@ -9,7 +9,7 @@ its advertiser or category is full; stop at k. Here the walk is done over a pool
   "all", each round computes f for every item at once. Where two rounds agree on the first n items, those are right: the
   first one by f's definition, each next because all before it are. Every round settles at least one item more.
 - Exactness is told, not hoped for: `is_exact_B` says whether the settled part of the pool held enough items, or the
-  pool held every allowed item. The caller widens pool and rounds where it did not.
+  pool held every allowed item. `select_exactly` widens pool and rounds where it did not.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,11 @@ import torch
 
 from model.retrieval.rules import Plan
 
+LEAST_POOL = 1024
+POOL_PER_RESULT = 4
+"""Candidates looked at first, for each item the walk has to find, where there are caps."""
+ROUNDS = 3
+"""Rounds of settling two caps at first."""
 NOT_ALLOWED = torch.iinfo(torch.int64).min
 """Key of an item that may not be shown; below the key of any utility."""
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, of splitmix64, as int64
@@ -33,15 +38,14 @@ class Found(NamedTuple):
     is_exact_B: torch.Tensor
 
 
-def walk_keys(utility_BN: torch.Tensor, allowed_BN: torch.Tensor) -> torch.Tensor:
+def walk_keys(utility_BN: torch.Tensor, allowed_BN: torch.Tensor, row_BN: torch.Tensor) -> torch.Tensor:
     """i64 [B, N], larger first in the walk: utility's order above, lower rows first below it.
 
-    utility_BN: f32. A utility that is not finite is not allowed. -0.0 ties with 0.0.
+    utility_BN: f32. row_BN: i64, or [N]. A utility that is not finite is not allowed. -0.0 ties with 0.0.
     """
     bits_BN = (utility_BN + 0.0).view(torch.int32)
     ordered_BN = torch.where(bits_BN < 0, bits_BN ^ 0x7FFFFFFF, bits_BN)
-    row_N = torch.arange(utility_BN.shape[1], device=utility_BN.device)
-    key_BN = (ordered_BN.long() << 32) | (0xFFFFFFFF - row_N)
+    key_BN = (ordered_BN.long() << 32) | (0xFFFFFFFF - row_BN)
     return torch.where(allowed_BN & utility_BN.isfinite(), key_BN, NOT_ALLOWED)
 
 
@@ -54,7 +58,8 @@ def select(
     utility_BN: f32. allowed_BN: bool. group_N: i64 by the plan's caps, -1 for none. seed_B: i64.
     pool: candidates looked at, at most N. rounds: of settling two caps.
     """
-    top = walk_keys(utility_BN, allowed_BN).topk(pool, dim=1)
+    row_N = torch.arange(utility_BN.shape[1], device=utility_BN.device)
+    top = walk_keys(utility_BN, allowed_BN, row_N).topk(pool, dim=1)
     row_BP, is_allowed_BP = top.indices, top.values != NOT_ALLOWED
     groups = [(group_N[name][row_BP], cap) for name, cap in plan.caps.items()]
     take_BP, is_settled_BP = within_caps(is_allowed_BP, groups, rounds)
@@ -72,6 +77,32 @@ def select(
         row_BK, is_taken_BK = row_BQ, is_taken_BQ
     utility_BK = utility_BN.gather(1, row_BK).masked_fill(~is_taken_BK, -torch.inf)
     return Found(row_BK.masked_fill(~is_taken_BK, -1), utility_BK, is_taken_BK.sum(1), is_exact_B)
+
+
+def select_exactly(
+    utility_BN: torch.Tensor,
+    allowed_BN: torch.Tensor,
+    group_N: dict[str, torch.Tensor],
+    seed_B: torch.Tensor,
+    plan: Plan,
+) -> Found:
+    """`select` with pool and rounds growing until every request of the batch is answered exactly."""
+    rows = utility_BN.shape[1]
+    if not rows:
+        row_BK = torch.full((len(seed_B), plan.k), -1, device=seed_B.device)
+        none_B = torch.zeros_like(seed_B)
+        return Found(row_BK, torch.full_like(row_BK, -torch.inf, dtype=torch.float32), none_B, none_B == 0)
+    pool, rounds = first_pool(plan, rows), ROUNDS
+    while True:
+        found = select(utility_BN, allowed_BN, group_N, seed_B, plan, pool=pool, rounds=rounds)
+        if bool(found.is_exact_B.all()):
+            return found
+        pool, rounds = min(rows, pool * 4), rounds * 4
+
+
+def first_pool(plan: Plan, rows: int) -> int:
+    """Candidates to look at first: what the walk needs, and room for what the caps skip."""
+    return min(rows, max(LEAST_POOL, plan.walked * POOL_PER_RESULT) if plan.caps else plan.walked)
 
 
 def within_caps(

@@ -6,11 +6,11 @@ import torch
 
 from model.errors import ConfigError, DataError, ShapeError
 from model.retrieval import reference
-from model.retrieval.index import ItemTable, LiveIndex, Retrieval, first_pool
+from model.retrieval.index import LiveIndex, Retrieval
 from model.retrieval.rows import ItemRows, Layout
 from model.retrieval.rules import Plan, Request, Requests
 from model.retrieval.scorer import DotScorer, InteractionScorer
-from model.retrieval.select import Found, draw_keys, select
+from model.retrieval.select import Found, draw_keys, first_pool, select
 from tests.model.retrieval.builders import LAYOUT, VERSION, make_plan, make_request, make_rows
 
 SMALL = Layout(embedding_dim=1, words=(1, 1, 1))
@@ -42,7 +42,7 @@ def test_rows_are_those_of_the_reference(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_pool_that_calls_itself_exact_is(seed: int) -> None:
-    """From the smallest pools and no rounds on: wherever a request is told to be exact, its rows are the reference's."""
+    """From the smallest pools and no rounds on: where a request is told to be exact, its rows are the reference's."""
     rng = np.random.default_rng(seed)
     rows = make_rows(rng, 120)
     plan = Plan(k=int(rng.integers(1, 30)), advertiser_cap=int(rng.integers(1, 4)), category_cap=5)
@@ -52,7 +52,6 @@ def test_any_pool_that_calls_itself_exact_is(seed: int) -> None:
         reference.search(rows, reference.dot_scores(rows, user.astype(np.float64)), request, plan)
         for user, request in zip(users, requests, strict=True)
     ]
-    table = ItemTable(LAYOUT, 120)
     index = LiveIndex(rows, DotScorer())
     with index.pin() as pinned:
         table = pinned.table
@@ -91,9 +90,7 @@ def test_a_long_chain_of_skips_is_settled() -> None:
 
 def test_a_pool_full_of_one_advertiser_is_widened() -> None:
     """5,000 items of advertiser 0 score above all others; with a cap of 1, nine of ten places are far below them."""
-    rows = scored_rows(
-        [2.0] * 5000 + [1.0] * 20, advertiser_R=[0] * 5000 + list(range(1, 21))
-    )
+    rows = scored_rows([2.0] * 5000 + [1.0] * 20, advertiser_R=[0] * 5000 + list(range(1, 21)))
     plan = Plan(k=10, advertiser_cap=1)
     assert first_pool(plan, len(rows)) < 5000
     assert search(rows, np.ones((1, 1), np.float32), [Request()], plan) == [[0, *range(5000, 5009)]]
@@ -218,6 +215,22 @@ def test_what_cannot_be_answered_is_refused() -> None:
         index.search(np.ones((1, 1), np.float32), [Request(required={"country": [64]})], Plan(k=1), VERSION)
     with pytest.raises(ShapeError, match=r"\[0, 0\), got 0"):
         index.search(np.ones((1, 1), np.float32), [Request(ranges={0: (0, 1)})], Plan(k=1), VERSION)
+
+
+def test_the_graph_is_one_graph() -> None:
+    """The pass of fixed shape has nothing in it that a compiler must leave to Python, and gives the same slates."""
+    rng = np.random.default_rng(1)
+    rows = make_rows(rng, 200)
+    requests = [make_request(rng, rows) for _ in range(3)]
+    plan = Plan(k=20, advertiser_cap=3, category_cap=6, exploration_share=0.2, exploration_window=10)
+    index = LiveIndex(rows, InteractionScorer(4, 2, (8, 5)))
+    users = torch.from_numpy(rng.standard_normal((3, 4)).astype(np.float32))
+    with index.pin() as pinned, torch.inference_mode():
+        asked = Requests.build(requests, LAYOUT, lambda ids: index.rows_of(ids, 200))
+        inputs = pinned.table.used(), users, asked, plan, 200, 20
+        found = torch.compile(index.retrieval, backend="eager", fullgraph=True)(*inputs)
+    assert found.row_BK.tolist() == index.search(users, requests, plan, VERSION).row_BK.tolist()
+    assert bool(found.is_exact_B.all())
 
 
 def test_select_handles_a_pool_of_the_whole_row() -> None:
