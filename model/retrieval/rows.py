@@ -57,8 +57,7 @@ class Layout:
 
     def spans(self) -> list[tuple[int, int]]:
         """First and last-but-one word of each field's mask."""
-        ends = np.cumsum(self.words).tolist()
-        return [(end - width, end) for end, width in zip(ends, self.words, strict=True)]
+        return [(sum(self.words[:place]), sum(self.words[: place + 1])) for place in range(len(self.words))]
 
     def mask(self, bits: dict[str, Sequence[int]]) -> list[int]:
         """The W words with these bits set, field by field. Raises DataError for a bit that has no place."""
