@@ -1,10 +1,12 @@
 """The graph against the reference: identical rows, over many ties; and both against slates worked out by hand."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from model.errors import ConfigError, DataError, ShapeError
+from model.item_index import ItemIndex
 from model.retrieval import reference
 from model.retrieval.index import LiveIndex, Retrieval
 from model.retrieval.rows import ItemRows, Layout
@@ -97,8 +99,20 @@ def test_a_pool_full_of_one_advertiser_is_widened() -> None:
 
 
 def test_ties_and_signed_zeros_go_by_row() -> None:
-    rows = scored_rows([0.0, -1.0, -0.0, 0.0, -1.0])
-    assert search(rows, np.ones((1, 1), np.float32), [Request()], Plan(k=5)) == [[0, 2, 3, 1, 4]]
+    utility = torch.tensor([[-0.0, 0.0, -1.0, 0.0, -0.0, -1.0, 2.0**-149, -(2.0**-149)]])
+    found = select(utility, torch.ones(1, 8, dtype=torch.bool), {}, torch.tensor([0]), Plan(k=8), pool=8, rounds=0)
+    assert found.row_BK.tolist() == [[6, 0, 1, 3, 4, 7, 2, 5]]
+
+
+def test_without_rules_it_answers_like_the_index_of_snapshots() -> None:
+    rng = np.random.default_rng(3)
+    item_NE, user_BE = rng.integers(-2, 3, (500, 8)) / 4, (rng.integers(-2, 3, (5, 8)) / 4).astype(np.float32)
+    snapshot = ItemIndex(VERSION, pa.array(range(500)), torch.from_numpy(item_NE.astype(np.float32)))
+    index = LiveIndex(ItemRows.build(VERSION, Layout(embedding_dim=8), list(range(500)), item_NE), DotScorer())
+    slates = index.search(user_BE, [Request()] * 5, Plan(k=100), VERSION)
+    found = snapshot.search(user_BE, 100)
+    assert slates.row_BK.tolist() == found.row_BK.tolist()
+    assert slates.utility_BK.tolist() == found.score_BK.tolist()
 
 
 def test_filters_each_take_what_they_should() -> None:
