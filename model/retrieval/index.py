@@ -17,7 +17,7 @@ in the order in which items came. Rebuild the index and swap it in to drop the r
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,8 @@ class ItemTable(nn.Module):
     bid_N: torch.Tensor
     budget_N: torch.Tensor
     eligible_N: torch.Tensor
+    is_there_N: torch.Tensor
+    """Not deleted. For updates; requests read eligibility, which a deletion takes too."""
 
     def __init__(
         self, layout: Layout, capacity: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
@@ -70,6 +72,7 @@ class ItemTable(nn.Module):
         room("bid_N", None, 0, torch.float32)
         room("budget_N", None, 0, torch.float32)
         room("eligible_N", None, False, torch.bool)
+        room("is_there_N", None, False, torch.bool)
 
     @property
     def capacity(self) -> int:
@@ -82,8 +85,13 @@ class ItemTable(nn.Module):
         return self.bid_N.device
 
     def used(self) -> "Columns":
-        """The buffers up to the high-water mark."""
-        return Columns(**{name: buffer[: self.count] for name, buffer in self.named_buffers()})
+        """What the graph reads, up to the high-water mark."""
+        return Columns(**{column.name: self.get_buffer(column.name)[: self.count] for column in fields(Columns)})
+
+    def are_there(self, rows: list[int]) -> list[bool]:
+        """Which of the rows hold an item, and not a deleted one."""
+        found: list[bool] = self.is_there_N[torch.tensor(rows, dtype=torch.int64, device=self.device)].tolist()
+        return found
 
     def write(self, row_R: torch.Tensor, columns: dict[str, torch.Tensor]) -> None:
         """Write rows of some columns, named without their axes. row_R: i64, each once."""
@@ -254,13 +262,12 @@ class LiveIndex:
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
         self._row_of: dict[Any, int] = {}
         self._ids: list[Any] = []
-        self._has_row: list[bool] = []
-        """By row: the item is there, not deleted. For updates only; requests read eligibility."""
         self.upsert(rows)
 
     def __len__(self) -> int:
         """Items there are."""
-        return sum(self._has_row)
+        with self.pin() as pinned:
+            return int(pinned.table.is_there_N.sum())
 
     @property
     def revision(self) -> int:
@@ -323,6 +330,7 @@ class LiveIndex:
             "feature": rows.feature_RF, "mask": rows.mask_RW, "category": rows.category_R,
             "advertiser": rows.advertiser_R, "attribute": rows.attribute_RA, "bid": rows.bid_R,
             "budget": rows.budget_R, "eligible": rows.eligible_R,
+            "is_there": torch.ones(len(rows), dtype=torch.bool),
         }  # fmt: skip
         with self._writing:
             known = len(self._ids)
@@ -338,9 +346,6 @@ class LiveIndex:
                     del self._row_of[item]
                 del self._ids[known:]
                 raise
-            self._has_row += [True] * len(new)
-            for row in places:
-                self._has_row[row] = True
             return Applied(len(places), 0, self.revision)
 
     def delete(self, embedding_version: str, item_ids: Sequence[ItemId]) -> Applied:
@@ -348,23 +353,26 @@ class LiveIndex:
         check_version("a deletion", embedding_version, self.embedding_version)
         check_ids(item_ids)
         with self._writing:
-            places = [row for row in self.rows_of(item_ids, len(self._ids)) if self._has_row[row]]
-            self._write(places, {"eligible": torch.zeros(len(places), dtype=torch.bool)}, len(self._ids))
-            for row in places:
-                self._has_row[row] = False
+            places = self._places(item_ids)
+            gone = torch.zeros(len(places), dtype=torch.bool)
+            self._write(places, {"eligible": gone, "is_there": gone}, len(self._ids))
             return Applied(len(places), len(item_ids) - len(places), self.revision)
 
     def change(self, deltas: Deltas) -> Applied:
         """Set bids, budgets or eligibility; items that are not there, or deleted, stay so. Raises IndexMismatch."""
         check_version("a delta", deltas.embedding_version, self.embedding_version)
         with self._writing:
-            rows = [self._row_of.get(item) for item in deltas.item_ids]
-            is_there = [row is not None and self._has_row[row] for row in rows]
-            there_R = torch.tensor(is_there, dtype=torch.bool)
-            places = [row for row, there in zip(rows, is_there, strict=True) if there and row is not None]
+            places = self._places(deltas.item_ids)
+            there = {self._ids[row] for row in places}
+            there_R = torch.tensor([item in there for item in deltas.item_ids], dtype=torch.bool)
             columns = {name: torch.as_tensor(value)[there_R] for name, value in deltas.columns().items()}
             self._write(places, columns, len(self._ids))
-            return Applied(len(places), len(rows) - len(places), self.revision)
+            return Applied(len(places), len(there_R) - len(places), self.revision)
+
+    def _places(self, item_ids: Sequence[ItemId]) -> list[int]:
+        """Rows of those items that are there, in their order."""
+        rows = self.rows_of(item_ids, len(self._ids))
+        return [row for row, there in zip(rows, self._reading.table.are_there(rows), strict=True) if there]
 
     @torch.no_grad()
     def _write(self, places: list[int], columns: dict[str, torch.Tensor], count: int) -> None:
@@ -398,7 +406,8 @@ class LiveIndex:
         """Items that are there, as an upsert would bring them (unknown ones left out); all of one revision."""
         with self.pin() as pinned:
             table = pinned.table
-            rows = [row for row in self.rows_of(item_ids, table.count) if self._has_row[row]]
+            known = self.rows_of(item_ids, table.count)
+            rows = [row for row, there in zip(known, table.are_there(known), strict=True) if there]
             picked = {name.rpartition("_")[0]: buffer[rows].cpu() for name, buffer in table.named_buffers()}
         return ItemRows(
             self.embedding_version, self.layout, [self._ids[row] for row in rows], picked["feature"].float(),

@@ -135,14 +135,15 @@ def test_a_pinned_table_does_not_change_and_an_update_waits_for_it(monkeypatch: 
     index = LiveIndex(rows_of({10: 1}), DotScorer())
     with index.pin() as pinned:
         before = {name: buffer.clone() for name, buffer in pinned.table.named_buffers()}
-        index.upsert(rows_of({10: 3}))
-        assert best(index) == [10]
+        index.upsert(rows_of({10: 3, 12: 1}))
+        assert best(index) == [10, 12]
+        assert index.rows_of([10, 12], pinned.table.count) == [0], "item 12 came later"
         with pytest.raises(IndexBusy, match="1 requests still read"):
             index.upsert(rows_of({11: 4}))
         assert all(torch.equal(buffer, before[name]) for name, buffer in pinned.table.named_buffers())
-    assert best(index) == [10], "nothing of the refused update"
+    assert best(index) == [10, 12], "nothing of the refused update"
     index.upsert(rows_of({11: 4}))
-    assert best(index) == [11, 10]
+    assert best(index) == [11, 10, 12]
 
 
 def test_a_write_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
