@@ -10,6 +10,8 @@ requests each (on the CPU 1); medians of repeats, caches as the repeat before le
 - plain: one matrix product and topk, no MLP and no rules: what leaving the rules to others would cost at least
 - ours: the folded MLP and the exact walk over a pool, eager; on CUDA also compiled and captured as one CUDA graph
 
+Before that, how the slates' composition shifts from 8 shards with quotas and caps of their own to the global slate.
+
 Torn reads: threads search and read rows while another writes, deletes and grows the index; every row's fields carry one
 number, the rows of a group always change together, and an answer that shows anything else is torn.
 
@@ -35,11 +37,12 @@ from model.retrieval.rows import ItemRows, Layout
 from model.retrieval.rules import Plan, Request, Requests
 from model.retrieval.scorer import DotScorer, InteractionScorer
 from model.retrieval.select import Found, first_pool
+from model.retrieval.shards import shifts
 
 VERSION = "benchmark"
 LAYOUT = Layout(embedding_dim=256, scalars=16, attributes=1)
 TARGET_MS = {1: 0.075, 8: 0.33, 32: 1.25}
-CATEGORIES, ADVERTISERS, SEEN = 64, 5000, 512
+CATEGORIES, ADVERTISERS, SEEN, SHARDS = 64, 5000, 512, 8
 
 
 def make_rows(items: int, seed: int = 0) -> ItemRows:
@@ -223,6 +226,10 @@ def compare(device: str, items: int, batches: Sequence[int], plan: Plan, repeats
     torch.manual_seed(0)
     index = LiveIndex(rows, InteractionScorer(256, 16).to(dtype), device=device, dtype=dtype)
     entries: list[dict[str, Any]] = []
+    users, requests = make_requests(max(batches), items)
+    print(f"composition of the slates, from {SHARDS} shards with quotas and caps of their own to the global one:")
+    for shift in shifts(index, users, requests, plan, SHARDS):
+        print(f"  {shift.line()}", flush=True)
     for count in batches:
         users, requests = make_requests(count, items)
         with index.pin() as pinned, torch.inference_mode():

@@ -8,7 +8,7 @@ categories, countries and languages, the main category and the advertiser (-1: n
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import pyarrow as pa
@@ -226,8 +226,8 @@ def row_schema(rows: ItemRows) -> pa.Schema:
     )  # fmt: skip
 
 
-def write_rows(rows: ItemRows, path: str | Path) -> None:
-    """Write a batch of rows as one Parquet file (zstd)."""
+def write_rows(rows: ItemRows, path: str | Path | BinaryIO) -> None:
+    """Write a batch of rows as one Parquet file (zstd). path: or an open file."""
     layout = rows.layout
     width = layout.embedding_dim
     columns = {
@@ -242,7 +242,7 @@ def write_rows(rows: ItemRows, path: str | Path) -> None:
     pq.write_table(pa.table(columns, schema=row_schema(rows)), path, compression="zstd")
 
 
-def read_rows(path: str | Path) -> ItemRows:
+def read_rows(path: str | Path | BinaryIO) -> ItemRows:
     """The rows of a Parquet file; columns other than item_id and embedding may be absent (see ItemRows.build).
 
     Raises DataError for a file without an embedding_version, a column that is needed, or lists all of one length.
@@ -274,13 +274,13 @@ def read_rows(path: str | Path) -> ItemRows:
     )  # fmt: skip
 
 
-def _plain(table: pa.Table, name: str, path: str | Path) -> Any:
+def _plain(table: pa.Table, name: str, path: str | Path | BinaryIO) -> Any:
     if table[name].null_count:
         raise DataError(f"column {name} of {path} must have a value in every row")
     return table[name].to_numpy(zero_copy_only=False).copy()
 
 
-def _matrix(table: pa.Table, name: str, path: str | Path) -> Any:
+def _matrix(table: pa.Table, name: str, path: str | Path | BinaryIO) -> Any:
     """A list column as an array [R, width]; width 0 where the column is absent or no row has a value."""
     rows = table.num_rows
     dtype = np.int64 if name.endswith("_mask") else np.float32
