@@ -2,9 +2,10 @@
 
 In a sharded system each shard fills its quota, ceil(k / shards), from its own items and under its own caps; the parts
 are merged by utility and cut to k. Business rules tuned to that (a cap of 2 an advertiser that really means 2 a shard)
-give other slates under a global walk. `slates_at` goes there in steps: at dial d the first d * k places are those of
-the global slate, the others the local slate's, in its order, without what is there already; d = 0 is the local slate,
-d = 1 the global one. In between, caps hold within each of the two parts only. `shifts` says what each step changes.
+give other slates under a global walk. `slates_at` goes there in steps: what both slates hold stays; at dial d a share d
+of the items that only the global one holds come in, best first, and as large a share of those that only the local one
+holds go, worst first. d = 0 is the local slate, d = 1 the global one; in between, caps are kept by neither's count.
+`shifts` says what each step changes.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from model.errors import ConfigError
 from model.retrieval.index import LiveIndex, groups_of
 from model.retrieval.rules import Plan, Request, Requests
-from model.retrieval.select import NOT_ALLOWED, first_places, select_exactly, walk_keys
+from model.retrieval.select import NOT_ALLOWED, select_exactly, walk_keys
 
 Ints = NDArray[np.int64]
 
@@ -35,24 +36,35 @@ def local_slates(
         groups = {name: value_N[shard::shards] for name, value_N in group_N.items()}
         own = select_exactly(utility_BN[:, shard::shards], allowed_BN[:, shard::shards], groups, seed_B, own_plan)
         rows.append(torch.where(own.row_BK >= 0, own.row_BK * shards + shard, -1))
-    row_BM = torch.cat(rows, dim=1)
+    return by_utility(torch.cat(rows, dim=1), utility_BN, plan.k)
+
+
+def slates_at(
+    dial: float, global_row_BK: torch.Tensor, local_row_BK: torch.Tensor, utility_BN: torch.Tensor
+) -> torch.Tensor:
+    """row_BK between the local (dial 0) and the global slate (dial 1), by falling utility, -1 past the end."""
+    if not 0 <= dial <= 1:
+        raise ConfigError(f"the dial goes from 0 (local) to 1 (global), got {dial}")
+    is_both_BKK = global_row_BK[:, :, None] == local_row_BK[:, None, :]
+    is_new_BK = ~is_both_BKK.any(2) & (global_row_BK >= 0)
+    is_old_BK = ~is_both_BKK.any(1) & (local_row_BK >= 0)
+    came_B, gone_B = (_rounded(dial * only_BK.sum(1)) for only_BK in (is_new_BK, is_old_BK))
+    comes_BK = is_new_BK & (is_new_BK.cumsum(1) <= came_B[:, None])
+    goes_BK = is_old_BK & (is_old_BK.cumsum(1) > (is_old_BK.sum(1) - gone_B)[:, None])
+    keeps_BK = (local_row_BK >= 0) & ~goes_BK
+    row_BM = torch.where(torch.cat([keeps_BK, comes_BK], 1), torch.cat([local_row_BK, global_row_BK], 1), -1)
+    return by_utility(row_BM, utility_BN, global_row_BK.shape[1])
+
+
+def by_utility(row_BM: torch.Tensor, utility_BN: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` rows in the order of the walk; -1 is no row, there and past the end."""
     utility_BM = utility_BN.gather(1, row_BM.clamp_min(0)) if utility_BN.shape[1] else row_BM.float()
-    key_BM = walk_keys(utility_BM, row_BM >= 0, row_BM)
-    best = key_BM.topk(min(plan.k, key_BM.shape[1]), dim=1)
+    best = walk_keys(utility_BM, row_BM >= 0, row_BM).topk(min(count, row_BM.shape[1]), dim=1)
     return row_BM.gather(1, best.indices).masked_fill(best.values == NOT_ALLOWED, -1)
 
 
-def slates_at(dial: float, global_row_BK: torch.Tensor, local_row_BK: torch.Tensor) -> torch.Tensor:
-    """row_BK between the local (dial 0) and the global slate (dial 1), -1 past the end."""
-    if not 0 <= dial <= 1:
-        raise ConfigError(f"the dial goes from 0 (local) to 1 (global), got {dial}")
-    k = global_row_BK.shape[1]
-    head_BJ = global_row_BK[:, : round(dial * k)]
-    is_new_BK = ~(local_row_BK[:, :, None] == head_BJ[:, None, :]).any(2) & (local_row_BK >= 0)
-    is_new_BK &= is_new_BK.cumsum(1) <= k - head_BJ.shape[1]
-    row_BM = torch.cat([head_BJ, local_row_BK], dim=1)
-    place_BK, is_there_BK = first_places(torch.cat([head_BJ >= 0, is_new_BK], dim=1), k)
-    return row_BM.gather(1, place_BK).masked_fill(~is_there_BK, -1)
+def _rounded(share_B: torch.Tensor) -> torch.Tensor:
+    return (share_B + 0.5).floor().long()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +109,7 @@ def shifts(
         parts = utility_BN, graph.allowed(columns, asked), groups_of(columns), asked.seed_B, plan
         global_row_BK = select_exactly(*parts).row_BK
         local_row_BK = local_slates(*parts, shards)
-        slates = {dial: slates_at(dial, global_row_BK, local_row_BK).cpu().numpy() for dial in dials}
+        slates = {dial: slates_at(dial, global_row_BK, local_row_BK, utility_BN).cpu().numpy() for dial in dials}
         advertiser_N, category_N = columns.advertiser_N.cpu().numpy(), columns.category_N.cpu().numpy()
         bid_N, utility = columns.bid_N.cpu().numpy(), utility_BN.cpu().numpy()
         wanted = global_row_BK.cpu().numpy()

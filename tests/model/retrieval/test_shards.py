@@ -36,15 +36,34 @@ def test_caps_hold_within_a_shard_only() -> None:
 
 @pytest.mark.parametrize(
     ("dial", "rows"),
-    [(0, [0, 2, 7, 5]), (0.25, [0, 2, 7, 5]), (0.5, [0, 2, 7, 5]), (0.75, [0, 2, 4, 7]), (1, [0, 2, 4, 6])],
+    [(0, [0, 2, 7, 5]), (0.2, [0, 2, 7, 5]), (0.5, [0, 2, 4, 7]), (0.8, [0, 2, 4, 6]), (1, [0, 2, 4, 6])],
 )
 def test_the_dial_goes_from_local_to_global(dial: float, rows: list[int]) -> None:
-    assert slates_at(dial, torch.tensor([[0, 2, 4, 6]]), torch.tensor([[0, 2, 7, 5]])).tolist() == [rows]
+    """Rows 4 and 6 come in, best first; 7 and 5 go, worst first; half of each is one."""
+    assert slates_at(dial, torch.tensor([[0, 2, 4, 6]]), torch.tensor([[0, 2, 7, 5]]), UTILITY).tolist() == [rows]
 
 
-@pytest.mark.parametrize(("dial", "rows"), [(1, [3, -1, -1]), (0.67, [3, 4, -1]), (0.33, [3, 4, -1]), (0, [4, 3, -1])])
+@pytest.mark.parametrize(("dial", "rows"), [(0, [7, 5, -1]), (0.33, [7, 5, -1]), (0.67, [7, -1, -1]), (1, [7, -1, -1])])
 def test_short_slates_stay_what_they_are_at_the_ends(dial: float, rows: list[int]) -> None:
-    assert slates_at(dial, torch.tensor([[3, -1, -1]]), torch.tensor([[4, 3, -1]])).tolist() == [rows]
+    """Globally row 7 alone, locally rows 7 and 5."""
+    assert slates_at(dial, torch.tensor([[7, -1, -1]]), torch.tensor([[7, 5, -1]]), UTILITY).tolist() == [rows]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_ends_of_the_dial_are_the_two_slates(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    utility = torch.from_numpy(rng.integers(0, 9, (3, 90)).astype(np.float32))
+    allowed = torch.from_numpy(rng.random((3, 90)) < 0.8)
+    groups = {
+        "advertiser": torch.from_numpy(rng.integers(-1, 5, 90)),
+        "category": torch.from_numpy(rng.integers(0, 9, 90)),
+    }
+    plan = Plan(k=20, advertiser_cap=3, category_cap=2, exploration_share=0.2, exploration_window=9)
+    parts = utility, allowed, groups, torch.arange(3), plan
+    best, local = select_exactly(*parts).row_BK, local_slates(*parts, 4)
+    assert torch.equal(slates_at(1, best, local, utility), best)
+    assert torch.equal(slates_at(0, best, local, utility), local)
+    assert not torch.equal(best, local)
 
 
 def test_variation_is_the_share_that_differs() -> None:
@@ -74,4 +93,4 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1, got 0"):
         local_slates(UTILITY, ALLOWED, {}, SEED, Plan(k=4), 0)
     with pytest.raises(ConfigError, match=r"from 0 \(local\) to 1 \(global\), got 1\.5"):
-        slates_at(1.5, torch.zeros(1, 1), torch.zeros(1, 1))
+        slates_at(1.5, torch.zeros(1, 1), torch.zeros(1, 1), UTILITY)
