@@ -387,6 +387,8 @@ class LiveIndex:
         behind_R = idle.behind_R
         # Until the swap: should the write fail, the next one copies these rows back.
         idle.behind_R = torch.cat([behind_R, row_R]).unique()  # type: ignore[no-untyped-call]
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # new tables are filled there
         with torch.cuda.stream(self._stream):
             if count > idle.table.capacity:
                 idle.table = reading.table.grown(max(count, int(reading.table.capacity * GROWTH)))
