@@ -9,7 +9,9 @@ TowerError
 ├── PointerConflict    the serving pointer moved under a writer
 ├── ReleaseNotReady    a release may not serve yet: states, items or servers are missing, or a canary is off
 ├── StoreUnavailable   the state store did not answer in time
-└── StateMismatch      no resident release may answer with this row
+├── StateMismatch      no resident release may answer with this row
+├── IndexMismatch      an update or request is of another embedding_version than the item index
+└── IndexBusy          an update waited too long for requests that still read the index
 """
 
 
@@ -51,3 +53,11 @@ class StoreUnavailable(TowerError):
 
 class StateMismatch(TowerError):
     """No resident release may answer with the stored row, and the policy is strict."""
+
+
+class IndexMismatch(TowerError):
+    """An update or request is of another embedding_version than the item index; the message names both."""
+
+
+class IndexBusy(TowerError):
+    """An update waited too long for requests that still read what it is to replace; nothing of it was applied."""

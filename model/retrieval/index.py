@@ -1,0 +1,435 @@
+"""The item index as a module: the catalogue as buffers, live updates, and snapshots that no request sees half of.
+
+    ItemTable   buffers with a capacity: rows [0, count) are in use, the rest is room to grow
+    Retrieval   the graph: scorer, utility, filters, caps, exploration, top-k
+    LiveIndex   two tables of one embedding_version, one being read while the other is written
+    IndexHolder the index that answers; whole indices swap by one assignment
+
+Isolation. A request pins the table that is being read and keeps it to its end. An update is written into the other
+table, which no request reads, first brought up to date by copying the rows that only the last update changed; then one
+assignment makes it the table that new requests read. An update costs time in proportion to its rows, not to the
+catalogue, and memory twice the catalogue's; addresses stay fixed, as CUDA graphs need.
+
+A row belongs to one item for the life of an index: an item deleted and brought again takes its old row, and rows go up
+in the order in which items came. Rebuild the index and swap it in to drop the rows of items that are gone.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from model.errors import IndexBusy, ShapeError
+from model.retrieval.rows import NONE, Deltas, ItemId, ItemRows, Layout, check_ids, check_version
+from model.retrieval.rules import Plan, Request, Requests
+from model.retrieval.select import Found, select, select_exactly
+
+GROWTH = 1.5
+WAIT_S = 5.0
+"""Longest an update waits for requests that still read the table it is to be written into."""
+
+
+class ItemTable(nn.Module):
+    """The catalogue as buffers, one row an item. Raises ShapeError for a dtype that is not float."""
+
+    feature_NF: torch.Tensor
+    mask_NW: torch.Tensor
+    category_N: torch.Tensor
+    advertiser_N: torch.Tensor
+    attribute_NA: torch.Tensor
+    bid_N: torch.Tensor
+    budget_N: torch.Tensor
+    eligible_N: torch.Tensor
+    is_there_N: torch.Tensor
+    """Not deleted. For updates; requests read eligibility, which a deletion takes too."""
+
+    def __init__(
+        self, layout: Layout, capacity: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
+    ) -> None:
+        """capacity: rows there is room for. dtype: of embeddings and scalars, float32, bfloat16 or float64."""
+        super().__init__()
+        if not dtype.is_floating_point:
+            raise ShapeError(f"embeddings and scalars must be of a float dtype, got {dtype}")
+        self.layout = layout
+        self.count = 0
+        """High-water mark: rows ever used, deleted ones included."""
+
+        def room(name: str, width: int | None, fill: float | bool, kind: torch.dtype) -> None:
+            shape = (capacity,) if width is None else (capacity, width)
+            self.register_buffer(name, torch.full(shape, fill, dtype=kind, device=device))
+
+        room("feature_NF", layout.features, 0, dtype)
+        room("mask_NW", layout.mask_words, 0, torch.int64)
+        room("category_N", None, NONE, torch.int64)
+        room("advertiser_N", None, NONE, torch.int64)
+        room("attribute_NA", layout.attributes, torch.nan, torch.float32)
+        room("bid_N", None, 0, torch.float32)
+        room("budget_N", None, 0, torch.float32)
+        room("eligible_N", None, False, torch.bool)
+        room("is_there_N", None, False, torch.bool)
+
+    @property
+    def capacity(self) -> int:
+        """Rows there is room for."""
+        return len(self.bid_N)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.bid_N.device
+
+    def used(self) -> "Columns":
+        """What the graph reads, up to the high-water mark."""
+        return Columns(**{column.name: self.get_buffer(column.name)[: self.count] for column in fields(Columns)})
+
+    def are_there(self, rows: list[int]) -> list[bool]:
+        """Which of the rows hold an item, and not a deleted one."""
+        found: list[bool] = self.is_there_N[torch.tensor(rows, dtype=torch.int64, device=self.device)].tolist()
+        return found
+
+    def write(self, row_R: torch.Tensor, columns: dict[str, torch.Tensor]) -> None:
+        """Write rows of some columns, named without their axes. row_R: i64, each once."""
+        row_R = row_R.to(self.device, non_blocking=True)
+        for name, buffer in self.named_buffers():
+            value = columns.get(name.rpartition("_")[0])
+            if value is not None:
+                buffer.index_copy_(0, row_R, value.to(self.device, buffer.dtype, non_blocking=True))
+
+    def copy_rows(self, source: "ItemTable", row_R: torch.Tensor) -> None:
+        """Take over rows from a table of the same layout."""
+        row_R = row_R.to(self.device)
+        columns = {name.rpartition("_")[0]: buffer[row_R] for name, buffer in source.named_buffers()}
+        self.write(row_R, columns)
+
+    def grown(self, capacity: int) -> "ItemTable":
+        """A table of more room with the same rows."""
+        table = ItemTable(self.layout, capacity, dtype=self.feature_NF.dtype, device=self.device)
+        for name, buffer in self.named_buffers():
+            table.get_buffer(name)[: self.capacity].copy_(buffer)
+        table.count = self.count
+        return table
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The rows in use, as the graph reads them."""
+
+    feature_NF: torch.Tensor
+    mask_NW: torch.Tensor
+    category_N: torch.Tensor
+    advertiser_N: torch.Tensor
+    attribute_NA: torch.Tensor
+    bid_N: torch.Tensor
+    budget_N: torch.Tensor
+    eligible_N: torch.Tensor
+
+
+class Retrieval(nn.Module):
+    """The graph from users to slates. Only rows and utilities leave it."""
+
+    def __init__(self, layout: Layout, scorer: nn.Module) -> None:
+        """scorer: float users [B, E] and features [N, F] to f32 [B, T, N] (`scorer.Scorer`)."""
+        super().__init__()
+        self.layout = layout
+        self.scorer = scorer
+
+    def forward(
+        self, columns: Columns, user_BE: torch.Tensor, requests: Requests, plan: Plan, pool: int, rounds: int
+    ) -> Found:
+        """One pass of fixed shape, exact where `is_exact_B`: see `select.select`.
+
+        user_BE: float [B, E], on the device of the columns.
+        """
+        utility_BN = self.utilities(columns, user_BE, requests)
+        allowed_BN = self.allowed(columns, requests)
+        return select(utility_BN, allowed_BN, groups_of(columns), requests.seed_B, plan, pool=pool, rounds=rounds)
+
+    def utilities(self, columns: Columns, user_BE: torch.Tensor, requests: Requests) -> torch.Tensor:
+        """f32 [B, N]: sum over tasks of weight * score, times bid ** bid_power."""
+        score_BTN = self.scorer(user_BE, columns.feature_NF)
+        if score_BTN.shape[1] != requests.weight_BT.shape[1]:
+            raise ShapeError(
+                f"the scorer has {score_BTN.shape[1]} tasks, the requests weigh {requests.weight_BT.shape[1]}"
+            )
+        # A power in float64, rounded to float32, is the same on every device.
+        factor_BN = columns.bid_N.double() ** requests.bid_power_B[:, None]
+        utility_BN: torch.Tensor = (score_BTN * requests.weight_BT[:, :, None]).sum(1).float() * factor_BN.float()
+        return utility_BN
+
+    def allowed(self, columns: Columns, requests: Requests) -> torch.Tensor:
+        """bool [B, N]: what each request may be shown."""
+        allowed_BN = columns.eligible_N & (columns.budget_N >= requests.min_budget_B[:, None])
+        for start, end in self.layout.spans():
+            asks_B = torch.zeros(len(requests), dtype=torch.bool, device=allowed_BN.device)
+            has_BN = torch.zeros_like(allowed_BN)
+            for word in range(start, end):
+                required_B, forbidden_B = requests.required_BW[:, word, None], requests.forbidden_BW[:, word, None]
+                mask_N = columns.mask_NW[:, word]
+                asks_B = asks_B | (required_B[:, 0] != 0)
+                has_BN = has_BN | ((mask_N & required_B) != 0)
+                allowed_BN = allowed_BN & ((mask_N & forbidden_B) == 0)
+            allowed_BN = allowed_BN & (has_BN | ~asks_B[:, None])
+        for attribute in range(self.layout.attributes):
+            value_N = columns.attribute_NA[:, attribute]
+            lower_B, upper_B = requests.lower_BA[:, attribute, None], requests.upper_BA[:, attribute, None]
+            is_open_B = lower_B.isneginf() & upper_B.isposinf()
+            allowed_BN = allowed_BN & (((value_N >= lower_B) & (value_N <= upper_B)) | is_open_B)
+        place_X = requests.excluded_of_X * allowed_BN.shape[1] + requests.excluded_X
+        return allowed_BN.flatten().index_fill(0, place_X, False).view_as(allowed_BN)
+
+    def search(self, columns: Columns, user_BE: torch.Tensor, requests: Requests, plan: Plan) -> Found:
+        """The exact slates, whatever pool it takes; scores are computed once. See `select.select_exactly`."""
+        utility_BN, allowed_BN = self.utilities(columns, user_BE, requests), self.allowed(columns, requests)
+        return select_exactly(utility_BN, allowed_BN, groups_of(columns), requests.seed_B, plan)
+
+
+def groups_of(columns: Columns) -> dict[str, torch.Tensor]:
+    """What caps count, by the plan's names."""
+    return {"advertiser": columns.advertiser_N, "category": columns.category_N}
+
+
+@dataclass(frozen=True, slots=True)
+class Slates:
+    """The answer to a batch, on the CPU, and what it was made of."""
+
+    item_ids: list[list[Any]]
+    """Best first, at most k each."""
+    row_BK: NDArray[np.int64]
+    """-1 past the end of a slate."""
+    utility_BK: NDArray[np.float32]
+    """-inf past the end of a slate."""
+    embedding_version: str
+    revision: int
+    """Updates the index had seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of an update."""
+
+    changed: int
+    """Rows written."""
+    unknown: int
+    """Items that the index does not hold; their part of the update was left out."""
+    revision: int
+
+
+@dataclass(eq=False, slots=True)
+class _Side:
+    """One of the two tables."""
+
+    table: ItemTable
+    revision: int = 0
+    readers: int = 0
+    behind_R: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """Rows that the other side has newer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """A table that no update touches while it is pinned."""
+
+    table: ItemTable
+    revision: int
+
+
+class LiveIndex:
+    """A catalogue of one embedding_version that is searched and updated at once.
+
+    Any number of threads may search; updates are done one after another. An update is seen whole or not at all.
+    """
+
+    def __init__(
+        self, rows: ItemRows, scorer: nn.Module, *, capacity: int | None = None, dtype: torch.dtype = torch.float32,
+        device: Any = "cpu",
+    ) -> None:  # fmt: skip
+        """rows: the first items, in the order of their rows. capacity: rows there is room for; it grows by itself."""
+        self.embedding_version = rows.embedding_version
+        self.layout = rows.layout
+        self.retrieval = Retrieval(rows.layout, scorer).to(device).eval()
+        room = max(len(rows), capacity or 0, 1)
+        tables = [ItemTable(rows.layout, room, dtype=dtype, device=device) for _ in range(2)]
+        self._reading, self._idle = _Side(tables[0]), _Side(tables[1])
+        self._moved = threading.Condition()
+        self._writing = threading.Lock()
+        is_cuda = tables[0].device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._row_of: dict[Any, int] = {}
+        self._ids: list[Any] = []
+        self.upsert(rows)
+
+    def __len__(self) -> int:
+        """Items there are."""
+        with self.pin() as pinned:
+            return int(pinned.table.is_there_N.sum())
+
+    @property
+    def revision(self) -> int:
+        """Updates applied."""
+        return self._reading.revision
+
+    # Requests
+
+    @contextmanager
+    def pin(self) -> Iterator[Pinned]:
+        """The table as it is now, for as long as the block lasts; on a GPU, end the block after reading the results."""
+        with self._moved:
+            side = self._reading
+            side.readers += 1
+            pinned = Pinned(side.table, side.revision)
+        try:
+            yield pinned
+        finally:
+            with self._moved:
+                side.readers -= 1
+                self._moved.notify_all()
+
+    def search(
+        self, user_BE: NDArray[np.float32] | torch.Tensor, requests: Sequence[Request], plan: Plan,
+        embedding_version: str,
+    ) -> Slates:  # fmt: skip
+        """The slates of a batch, all of one revision.
+
+        user_BE: float [B, E], made by a release of `embedding_version`.
+        Raises IndexMismatch for users of another version, ShapeError, DataError.
+        """
+        check_version("a request", embedding_version, self.embedding_version)
+        user_BE = torch.as_tensor(user_BE)
+        if user_BE.shape != (len(requests), self.layout.embedding_dim):
+            raise ShapeError(
+                f"users of {len(requests)} requests must have shape [{len(requests)}, {self.layout.embedding_dim}], "
+                f"got {list(user_BE.shape)}"
+            )
+        with self.pin() as pinned, torch.inference_mode():
+            table = pinned.table
+            asked = Requests.build(requests, self.layout, lambda ids: self.rows_of(ids, table.count))
+            found = self.retrieval.search(table.used(), user_BE.to(table.device), asked.to(table.device), plan)
+            row_BK, utility_BK = found.row_BK.cpu().numpy(), found.utility_BK.cpu().numpy()
+        ids = [[self._ids[row] for row in row_K.tolist() if row >= 0] for row_K in row_BK]
+        return Slates(ids, row_BK, utility_BK, self.embedding_version, pinned.revision)
+
+    def rows_of(self, item_ids: Sequence[ItemId], count: int) -> list[int]:
+        """Rows below count of those items that have one."""
+        rows = (self._row_of.get(item) for item in item_ids)
+        return [row for row in rows if row is not None and row < count]
+
+    # Updates
+
+    def upsert(self, rows: ItemRows) -> Applied:
+        """Bring new items, or all columns of known ones. Raises IndexMismatch, ShapeError, IndexBusy."""
+        check_version("an upsert", rows.embedding_version, self.embedding_version)
+        if rows.layout != self.layout:
+            raise ShapeError(f"the index has rows of {self.layout}, got {rows.layout}")
+        columns = {
+            "feature": rows.feature_RF, "mask": rows.mask_RW, "category": rows.category_R,
+            "advertiser": rows.advertiser_R, "attribute": rows.attribute_RA, "bid": rows.bid_R,
+            "budget": rows.budget_R, "eligible": rows.eligible_R,
+            "is_there": torch.ones(len(rows), dtype=torch.bool),
+        }  # fmt: skip
+        with self._writing:
+            known = len(self._ids)
+            new = [item for item in rows.item_ids if item not in self._row_of]
+            # A request finds a new item's row only in tables that have it: `rows_of` is asked with the table's count.
+            self._ids += new
+            self._row_of.update((item, known + place) for place, item in enumerate(new))
+            places = [self._row_of[item] for item in rows.item_ids]
+            try:
+                self._write(places, columns, len(self._ids))
+            except BaseException:
+                for item in new:
+                    del self._row_of[item]
+                del self._ids[known:]
+                raise
+            return Applied(len(places), 0, self.revision)
+
+    def delete(self, embedding_version: str, item_ids: Sequence[ItemId]) -> Applied:
+        """Take items away. Raises IndexMismatch, DataError for an id named twice, IndexBusy."""
+        check_version("a deletion", embedding_version, self.embedding_version)
+        check_ids(item_ids)
+        with self._writing:
+            places = self._places(item_ids)
+            gone = torch.zeros(len(places), dtype=torch.bool)
+            self._write(places, {"eligible": gone, "is_there": gone}, len(self._ids))
+            return Applied(len(places), len(item_ids) - len(places), self.revision)
+
+    def change(self, deltas: Deltas) -> Applied:
+        """Set bids, budgets or eligibility; items that are not there, or deleted, stay so. Raises IndexMismatch."""
+        check_version("a delta", deltas.embedding_version, self.embedding_version)
+        with self._writing:
+            places = self._places(deltas.item_ids)
+            there = {self._ids[row] for row in places}
+            there_R = torch.tensor([item in there for item in deltas.item_ids], dtype=torch.bool)
+            columns = {name: torch.as_tensor(value)[there_R] for name, value in deltas.columns().items()}
+            self._write(places, columns, len(self._ids))
+            return Applied(len(places), len(there_R) - len(places), self.revision)
+
+    def _places(self, item_ids: Sequence[ItemId]) -> list[int]:
+        """Rows of those items that are there, in their order."""
+        rows = self.rows_of(item_ids, len(self._ids))
+        return [row for row, there in zip(rows, self._reading.table.are_there(rows), strict=True) if there]
+
+    @torch.no_grad()
+    def _write(self, places: list[int], columns: dict[str, torch.Tensor], count: int) -> None:
+        """Write rows of some columns into the idle side, then swap the sides; all of it or, on an error, nothing."""
+        row_R = torch.tensor(places, dtype=torch.int64)
+        with self._moved:
+            idle, reading = self._idle, self._reading
+            if not self._moved.wait_for(lambda: not idle.readers, WAIT_S):
+                raise IndexBusy(
+                    f"{idle.readers} requests still read, after {WAIT_S:g} s, the table this update is to be written to"
+                )
+        behind_R = idle.behind_R
+        # Until the swap: should the write fail, the next one copies these rows back.
+        idle.behind_R = torch.cat([behind_R, row_R]).unique()  # type: ignore[no-untyped-call]
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # new tables are filled there
+        with torch.cuda.stream(self._stream):
+            if count > idle.table.capacity:
+                idle.table = reading.table.grown(max(count, int(reading.table.capacity * GROWTH)))
+            else:
+                idle.table.copy_rows(reading.table, behind_R[behind_R < reading.table.capacity])
+            idle.table.write(row_R, columns)
+            idle.table.count = count
+        if self._stream is not None:
+            self._stream.synchronize()
+        idle.behind_R = torch.zeros(0, dtype=torch.int64)
+        reading.behind_R = row_R
+        idle.revision = reading.revision + 1
+        with self._moved:
+            self._reading, self._idle = idle, reading
+
+    def copy_of_rows(self, item_ids: Sequence[ItemId]) -> ItemRows:
+        """Items that are there, as an upsert would bring them (unknown ones left out); all of one revision."""
+        with self.pin() as pinned:
+            table = pinned.table
+            known = self.rows_of(item_ids, table.count)
+            rows = [row for row, there in zip(known, table.are_there(known), strict=True) if there]
+            picked = {name.rpartition("_")[0]: buffer[rows].cpu() for name, buffer in table.named_buffers()}
+        return ItemRows(
+            self.embedding_version, self.layout, [self._ids[row] for row in rows], picked["feature"].float(),
+            picked["mask"], picked["category"], picked["advertiser"], picked["attribute"], picked["bid"],
+            picked["budget"], picked["eligible"],
+        )  # fmt: skip
+
+
+class IndexHolder:
+    """The index that answers. Requests keep the one they began with; a new one is seen by the next request."""
+
+    def __init__(self, index: LiveIndex) -> None:
+        self._index = index
+
+    @property
+    def index(self) -> LiveIndex:
+        """The index for a request to keep."""
+        return self._index
+
+    def swap(self, index: LiveIndex) -> LiveIndex:
+        """Let another index answer, of any embedding_version; the one before."""
+        before, self._index = self._index, index
+        return before

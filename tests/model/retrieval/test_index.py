@@ -1,0 +1,269 @@
+"""Live updates: what each one changes, what is refused, and that no request ever sees half of one."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from benchmarks.index import torn_reads
+from model.errors import DataError, IndexBusy, IndexMismatch, ShapeError
+from model.retrieval import index as index_module
+from model.retrieval import reference
+from model.retrieval.index import IndexHolder, LiveIndex
+from model.retrieval.rows import Deltas, ItemRows, Layout, read_rows, write_rows
+from model.retrieval.rules import Plan, Request
+from model.retrieval.scorer import DotScorer
+from tests.model.retrieval.builders import LAYOUT, VERSION, make_plan, make_request, make_rows
+
+SMALL = Layout(embedding_dim=1)
+
+
+def rows_of(items: dict[int, float], version: str = VERSION, **columns: object) -> ItemRows:
+    """Items and their score for the user [1]."""
+    return ItemRows.build(version, SMALL, list(items), list(items.values()), **columns)  # type: ignore[arg-type]
+
+
+def best(index: LiveIndex, k: int = 9, request: Request | None = None) -> list[int]:
+    return index.search(np.ones((1, 1), np.float32), [request or Request()], Plan(k=k), VERSION).item_ids[0]
+
+
+def test_each_update_changes_what_it_names_and_nothing_else() -> None:
+    index = LiveIndex(rows_of({10: 1, 11: 2, 12: 3}), DotScorer())
+    assert best(index) == [12, 11, 10]
+    assert index.upsert(rows_of({13: 9, 10: 5})).changed == 2
+    assert best(index) == [13, 10, 12, 11]
+    deleted = index.delete(VERSION, [12, 99])
+    assert (deleted.changed, deleted.unknown) == (1, 1)
+    assert best(index) == [13, 10, 11]
+    assert len(index) == 3
+    index.change(Deltas(VERSION, [13, 11], bid_R=torch.tensor([1.0, 9.0])))
+    assert best(index, request=Request(bid_power=1)) == [11, 13, 10]  # 18, 9, 5
+    index.change(Deltas(VERSION, [10], eligible_R=torch.tensor([False])))
+    assert best(index) == [13, 11]
+    index.change(Deltas(VERSION, [11], budget_R=torch.tensor([7.0])))
+    assert best(index, request=Request(min_budget=1)) == [11]
+    assert index.revision == 6
+
+
+def test_a_deleted_item_stays_away_until_it_is_brought_again() -> None:
+    index = LiveIndex(rows_of({10: 1, 11: 2}), DotScorer())
+    index.delete(VERSION, [11])
+    late = index.change(Deltas(VERSION, [11, 10], eligible_R=torch.tensor([True, True])))
+    assert (late.changed, late.unknown) == (1, 1)
+    assert best(index) == [10]
+    index.upsert(rows_of({12: 2, 11: 2}))
+    assert best(index) == [11, 12, 10], "its old row, so before the newer item of the same score"
+
+
+def test_updates_arriving_twice_change_nothing_more() -> None:
+    index = LiveIndex(rows_of({10: 1, 11: 2}), DotScorer())
+    for _ in range(2):
+        index.change(Deltas(VERSION, [10], bid_R=torch.tensor([4.0])))
+    assert best(index, request=Request(bid_power=1)) == [10, 11]
+    assert index.copy_of_rows([10]).bid_R.tolist() == [4]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_after_any_updates_the_index_answers_like_a_fresh_one(seed: int) -> None:
+    """Random upserts, deletions and deltas; the table grows several times; ids as the reference over what is there."""
+    rng = np.random.default_rng(seed)
+    first = make_rows(rng, 20)
+    index = LiveIndex(first, DotScorer())
+    there = {item: place for place, item in enumerate(first.item_ids)}
+    order = list(first.item_ids)
+    for _ in range(12):
+        batch = make_rows(rng, int(rng.integers(1, 15)), first_id=int(rng.integers(990, 1080)))
+        index.upsert(batch)
+        order += [item for item in batch.item_ids if item not in order]
+        there.update((item, 0) for item in batch.item_ids)
+        gone = rng.choice(order, 3, replace=False).tolist()
+        index.delete(VERSION, gone)
+        for item in gone:
+            there.pop(item, None)
+        some = rng.choice(order, 5, replace=False).tolist()
+        index.change(Deltas(VERSION, some, bid_R=torch.from_numpy(rng.choice([0.25, 1, 4], 5).astype(np.float32))))
+        rows = index.copy_of_rows([item for item in order if item in there])
+        assert rows.item_ids == [item for item in order if item in there]
+        request, plan = make_request(rng, rows), make_plan(rng, 30)
+        plan = Plan(k=plan.k, advertiser_cap=plan.advertiser_cap, category_cap=plan.category_cap)  # draws go by row
+        user_E = rng.integers(-2, 3, 4) / 2
+        scores = reference.dot_scores(rows, user_E)
+        wanted = [rows.item_ids[row] for row in reference.search(rows, scores, request, plan)]
+        slates = index.search(user_E[None].astype(np.float32), [request], plan, VERSION)
+        assert slates.item_ids == [wanted]
+
+
+def test_a_version_that_differs_is_refused_by_both_names() -> None:
+    index = LiveIndex(rows_of({10: 1}), DotScorer())
+    other = "b" * 16
+    both = f"{other}, the index of {VERSION}"
+    with pytest.raises(IndexMismatch, match=both):
+        index.search(np.ones((1, 1), np.float32), [Request()], Plan(k=1), other)
+    with pytest.raises(IndexMismatch, match=both):
+        index.upsert(rows_of({11: 1}, other))
+    with pytest.raises(IndexMismatch, match=both):
+        index.delete(other, [10])
+    with pytest.raises(IndexMismatch, match=both):
+        index.change(Deltas(other, [10], bid_R=torch.ones(1)))
+    assert index.revision == 1
+
+
+def test_bad_batches_are_refused_whole() -> None:
+    index = LiveIndex(rows_of({10: 1}), DotScorer())
+    with pytest.raises(DataError, match="11 comes twice"):
+        ItemRows.build(VERSION, SMALL, [11, 11], [1, 2])
+    with pytest.raises(DataError, match="those of item 12 are not"):
+        rows_of({11: 1, 12: float("nan")})
+    with pytest.raises(DataError, match=r"bid must be finite and at least 0, item 11 has -1\.0"):
+        rows_of({11: 1}, bid_R=[-1])
+    with pytest.raises(DataError, match="budget must be finite"):
+        Deltas(VERSION, [10], budget_R=torch.tensor([float("inf")]))
+    with pytest.raises(ShapeError, match=r"bid must have shape \[1\], got \[2\]"):
+        Deltas(VERSION, [10], bid_R=torch.ones(2))
+    with pytest.raises(ShapeError, match="the index has rows of"):
+        index.upsert(make_rows(np.random.default_rng(0), 2))
+    assert best(index) == [10]
+
+
+def test_a_pinned_table_does_not_change_and_an_update_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One update fits beside a reader; the next would write into the table being read, and says so after its wait."""
+    monkeypatch.setattr(index_module, "WAIT_S", 0.05)
+    index = LiveIndex(rows_of({10: 1}), DotScorer())
+    with index.pin() as pinned:
+        before = {name: buffer.clone() for name, buffer in pinned.table.named_buffers()}
+        index.upsert(rows_of({10: 3, 12: 1}))
+        assert best(index) == [10, 12]
+        assert index.rows_of([10, 12], pinned.table.count) == [0], "item 12 came later"
+        with pytest.raises(IndexBusy, match="1 requests still read"):
+            index.upsert(rows_of({11: 4}))
+        assert all(torch.equal(buffer, before[name]) for name, buffer in pinned.table.named_buffers())
+    assert best(index) == [10, 12], "nothing of the refused update"
+    index.upsert(rows_of({11: 4}))
+    assert best(index) == [11, 10, 12]
+
+
+def test_a_write_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It breaks off after some columns; the rows it touched are put right by the next update."""
+    index = LiveIndex(rows_of({10: 1, 11: 2}), DotScorer(), capacity=8)
+    index.upsert(rows_of({12: 3}))
+    whole = index_module.ItemTable.write
+
+    def half(self: index_module.ItemTable, row_R: torch.Tensor, columns: dict[str, torch.Tensor]) -> None:
+        whole(self, row_R, {"feature": columns["feature"]})
+        if "budget" in columns and columns["feature"][0, 0] == 100:
+            raise OSError("broken off")
+        whole(self, row_R, columns)
+
+    monkeypatch.setattr(index_module.ItemTable, "write", half)
+    with pytest.raises(OSError, match="broken off"):
+        index.upsert(rows_of({10: 100, 13: 100}))
+    monkeypatch.undo()
+    assert best(index) == [12, 11, 10]
+    for item in (14, 15):  # one update for each of the two tables
+        index.upsert(rows_of({item: 0}))
+        assert best(index, 3) == [12, 11, 10]
+
+
+def test_no_read_is_torn() -> None:
+    reads = torn_reads(3000)
+    assert reads.answers >= 3000
+    assert reads.torn == 0
+    assert len(reads.revisions) > 50, "the writer was busy meanwhile"
+
+
+class InPlace(LiveIndex):
+    """Writes into the table that requests read."""
+
+    def _write(self, places: list[int], columns: dict[str, torch.Tensor], count: int) -> None:
+        if self._reading.table.capacity < 8 * 24:
+            self._reading.table = self._reading.table.grown(8 * 24)
+        self._reading.table.count = count
+        self._reading.table.write(torch.tensor(places, dtype=torch.int64), columns)
+        self._reading.revision += 1
+
+
+def test_the_checker_finds_reads_torn_by_writing_in_place() -> None:
+    reads = torn_reads(3000, make=lambda rows: InPlace(rows, DotScorer()))
+    assert reads.torn > 0
+
+
+def test_whole_indices_swap_and_each_answer_is_of_one() -> None:
+    """Items of index A are 0 to 49, of B 100 to 149; readers ask whichever index they were given, by its version."""
+    versions = {"a" * 16: 0, "b" * 16: 100}
+    indices = [
+        LiveIndex(rows_of({first + n: n for n in range(50)}, version), DotScorer())
+        for version, first in versions.items()
+    ]
+    holder = IndexHolder(indices[0])
+    stop, wrong, answers = threading.Event(), [], [0, 0]
+
+    def read(reader: int) -> None:
+        while not stop.is_set():
+            index = holder.index
+            slates = index.search(np.ones((1, 1), np.float32), [Request()], Plan(k=50), index.embedding_version)
+            first = versions[slates.embedding_version]
+            if sorted(slates.item_ids[0]) != list(range(first, first + 50)):
+                wrong.append(slates)
+            answers[reader] += 1
+
+    readers = [threading.Thread(target=read, args=(reader,)) for reader in range(2)]
+    for reader in readers:
+        reader.start()
+    while min(answers) < 100:
+        before = holder.index
+        assert holder.swap(indices[before is indices[0]]) is before
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong
+    with pytest.raises(IndexMismatch):
+        holder.index.search(np.ones((1, 1), np.float32), [Request()], Plan(k=1), "c" * 16)
+
+
+def test_growth_keeps_rows_and_room() -> None:
+    index = LiveIndex(rows_of({0: 0}), DotScorer())
+    for item in range(1, 40):
+        index.upsert(rows_of({item: item}))
+    assert best(index, 40) == list(range(39, -1, -1))
+    with index.pin() as pinned:
+        assert pinned.table.count == 40
+        assert 40 <= pinned.table.capacity <= 60
+
+
+def test_bfloat16_rows_are_scored() -> None:
+    index = LiveIndex(rows_of({10: 1.0, 11: 1.001, 12: 2}), DotScorer(), dtype=torch.bfloat16)
+    assert best(index) == [12, 10, 11], "1.001 is 1 in bfloat16"
+
+
+@pytest.mark.parametrize("ids", [[5, 6, 7], ["x", "y", "z"]])
+def test_parquet_keeps_every_column(tmp_path: Path, ids: list[int] | list[str]) -> None:
+    made = make_rows(np.random.default_rng(0), 3)
+    rows = ItemRows(
+        VERSION, LAYOUT, list(ids), made.feature_RF, made.mask_RW, made.category_R, made.advertiser_R,
+        made.attribute_RA, made.bid_R, made.budget_R, made.eligible_R,
+    )  # fmt: skip
+    write_rows(rows, tmp_path / "rows.parquet")
+    back = read_rows(tmp_path / "rows.parquet")
+    assert (back.embedding_version, back.layout, back.item_ids) == (VERSION, LAYOUT, ids)
+    for name in ("feature_RF", "mask_RW", "category_R", "advertiser_R", "attribute_RA", "bid_R", "eligible_R"):
+        assert torch.equal(getattr(back, name).nan_to_num(-9), getattr(rows, name).nan_to_num(-9)), name
+
+
+def test_parquet_of_ids_and_embeddings_alone_is_enough(tmp_path: Path) -> None:
+    schema = pa.schema([("item_id", pa.int64()), ("embedding", pa.list_(pa.float32()))])
+    table = pa.table({"item_id": [1, 2], "embedding": [[1, 0], [0, 1]]}, schema=schema)
+    pq.write_table(table.replace_schema_metadata({"embedding_version": VERSION}), tmp_path / "rows.parquet")
+    rows = read_rows(tmp_path / "rows.parquet")
+    assert rows.layout == Layout(embedding_dim=2, words=(0, 0, 0))
+    assert rows.bid_R.tolist() == [1, 1]
+    pq.write_table(table, tmp_path / "nameless.parquet")
+    with pytest.raises(DataError, match="must name its embedding_version"):
+        read_rows(tmp_path / "nameless.parquet")
+    ragged = pa.table({"item_id": [1, 2], "embedding": [[1, 0], [0]]}, schema=schema)
+    pq.write_table(ragged.replace_schema_metadata({"embedding_version": VERSION}), tmp_path / "ragged.parquet")
+    with pytest.raises(DataError, match="must all have one length"):
+        read_rows(tmp_path / "ragged.parquet")
