@@ -7,6 +7,9 @@ Legend: T tokens of all candidates, S history events of all requests, H query he
 R requests, C candidates of one request, n tokens of one candidate, c tokens of all candidates of one request.
 """
 
+import itertools
+from typing import Literal, Protocol, overload
+
 import torch
 
 from model.errors import ShapeError
@@ -16,6 +19,42 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_TOKENS = 4
 
 
+class _Attention(Protocol):
+    def __call__(
+        self, query_THd: torch.Tensor, key_self_TKd: torch.Tensor, value_self_TKd: torch.Tensor,
+        history_key_SKd: torch.Tensor, history_value_SKd: torch.Tensor, candidate_offsets: torch.Tensor,
+        history_offsets: torch.Tensor, *, tokens: int, longest_history: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def crossing_attention(
+    query_THd: torch.Tensor,
+    key_self_TKd: torch.Tensor,
+    value_self_TKd: torch.Tensor,
+    history_key_SKd: torch.Tensor,
+    history_value_SKd: torch.Tensor,
+    candidate_offsets: torch.Tensor,
+    history_offsets: torch.Tensor,
+    *,
+    tokens: int = ...,
+    longest_history: int | None = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def crossing_attention(
+    query_THd: torch.Tensor,
+    key_self_TKd: torch.Tensor,
+    value_self_TKd: torch.Tensor,
+    history_key_SKd: torch.Tensor,
+    history_value_SKd: torch.Tensor,
+    candidate_offsets: torch.Tensor,
+    history_offsets: torch.Tensor,
+    *,
+    tokens: int = ...,
+    longest_history: int | None = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def crossing_attention(
     query_THd: torch.Tensor,
     key_self_TKd: torch.Tensor,
@@ -50,8 +89,11 @@ def crossing_attention(
         query_THd, key_self_TKd, value_self_TKd, history_key_SKd, history_value_SKd, candidate_offsets, history_offsets,
         tokens,
     )  # fmt: skip
+    attention: _Attention
     if query_THd.is_cuda:
-        from model.kernels.crossing_attention_triton import crossing_attention_kernel as attention
+        from model.kernels.crossing_attention_triton import crossing_attention_kernel
+
+        attention = crossing_attention_kernel
     else:
         check_offsets("candidate_offsets", candidate_offsets, len(query_THd), tokens)
         check_offsets("history_offsets", history_offsets, len(history_key_SKd), 1)
@@ -80,7 +122,8 @@ def crossing_attention_reference(
     longest_history is taken for the sake of the same signature; nothing here depends on it.
     """
     wide = torch.promote_types(query_THd.dtype, torch.float32)
-    group = query_THd.shape[1] // key_self_TKd.shape[1]
+    _, heads, channels = query_THd.shape
+    group = heads // key_self_TKd.shape[1]
     later_nn = torch.ones(tokens, tokens, dtype=torch.bool, device=query_THd.device).triu(1)
     outs = [query_THd.new_empty(0, *query_THd.shape[1:], dtype=wide)]
     lses = [query_THd.new_empty(0, query_THd.shape[1], dtype=wide)]
@@ -88,15 +131,15 @@ def crossing_attention_reference(
     for r in range(len(starts) - 1):
         mine = slice(starts[r], starts[r + 1])
         history = slice(history_starts[r], history_starts[r + 1])
+        own_shape = ((starts[r + 1] - starts[r]) // tokens, tokens, heads, channels)
         # Every key head is repeated for the query heads that read it: all below have H heads.
         key_SHd, value_SHd = (
             x[history].to(wide).repeat_interleave(group, 1) for x in (history_key_SKd, history_value_SKd)
         )
         key_CnHd, value_CnHd = (
-            x[mine].to(wide).repeat_interleave(group, 1).unflatten(0, (-1, tokens))
-            for x in (key_self_TKd, value_self_TKd)
+            x[mine].to(wide).repeat_interleave(group, 1).reshape(own_shape) for x in (key_self_TKd, value_self_TKd)
         )
-        query_CnHd = (query_THd[mine].to(wide) * query_THd.shape[-1] ** -0.5).unflatten(0, (-1, tokens))
+        query_CnHd = (query_THd[mine].to(wide) * channels**-0.5).reshape(own_shape)
         to_history_CHnS = torch.einsum("cnhd,shd->chns", query_CnHd, key_SHd)
         to_self_CHnn = torch.einsum("cnhd,cmhd->chnm", query_CnHd, key_CnHd).masked_fill(later_nn, float("-inf"))
         score = torch.cat([to_history_CHnS, to_self_CHnn], -1)
@@ -155,7 +198,7 @@ def check_shapes(
         )
     if not 1 <= tokens <= MOST_TOKENS or num_tokens % tokens:
         raise ShapeError(
-            f"tokens of a candidate must be 1 to {MOST_TOKENS} and divide the {num_tokens} candidate tokens, got {tokens}"
+            f"tokens of a candidate must be 1 to {MOST_TOKENS} and divide the {num_tokens} in all, got {tokens}"
         )
     if query_THd.is_cuda:
         check_kernel(query_THd)
@@ -172,7 +215,7 @@ def check_kernel(query_THd: torch.Tensor) -> None:
 def check_offsets(name: str, offsets: torch.Tensor, total: int, multiple: int) -> None:
     """Raises ShapeError unless offsets (on the CPU) rise from 0 to the total, in multiples."""
     values = offsets.tolist()
-    is_rising = all(low <= high and high % multiple == 0 for low, high in zip(values, values[1:], strict=False))
+    is_rising = all(low <= high and high % multiple == 0 for low, high in itertools.pairwise(values))
     if values[0] != 0 or values[-1] != total or not is_rising:
         raise ShapeError(f"{name} must rise from 0 to {total} in multiples of {multiple}, got {_shown(values)}")
 

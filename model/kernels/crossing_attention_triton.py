@@ -30,7 +30,7 @@ _SCRATCH_LIMIT_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Sizes of the kernels' tiles. `chunk`, `rows` and `keys` fix the bits of a result; they are part of the release."""
+    """Sizes of the kernels' tiles. `rows`, `keys` and `chunk` fix the bits of a result."""
 
     rows: int
     """Tokens of a program."""
@@ -49,7 +49,7 @@ class Tiles:
 def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles of a head: never dependent on how many candidates or events there are."""
     if dtype == torch.float32:
-        return Tiles(64, 32, 2048, num_warps=4, num_stages=2, backward_rows=32, backward_keys=32)
+        return Tiles(32, 32, 2048, num_warps=4, num_stages=2, backward_rows=32, backward_keys=32)
     if head_dim == 128:
         return Tiles(128, 64, 2048, num_warps=8, num_stages=3, backward_rows=64, backward_keys=64)
     return Tiles(128, 64, 2048, num_warps=8, num_stages=3, backward_rows=64, backward_keys=128)
@@ -82,20 +82,22 @@ def crossing_attention_kernel(
 
 class _CrossingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
+    def forward(
         ctx: Any, query, key_self, value_self, history_key, history_value, candidate_offsets, history_offsets,
         tokens: int, longest_history: int | None, tiles: Tiles,
     ):  # fmt: skip
         inputs = [_rows_apart(x) for x in (query, key_self, value_self, history_key, history_value)]
-        out, lse = forward(*inputs, candidate_offsets, history_offsets, tokens, longest_history, tiles)
+        out, lse = forward(
+            *inputs, candidate_offsets, history_offsets, tokens=tokens, longest_history=longest_history, tiles=tiles
+        )
         ctx.save_for_backward(*inputs, candidate_offsets, history_offsets, out, lse)
         ctx.tokens, ctx.tiles = tokens, tiles
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, out_gradient, _lse_gradient):  # type: ignore[no-untyped-def]
-        gradients = backward(out_gradient, *ctx.saved_tensors, ctx.tokens, ctx.tiles)
+    def backward(ctx: Any, out_gradient, _lse_gradient):
+        gradients = backward(out_gradient, *ctx.saved_tensors, tokens=ctx.tokens, tiles=ctx.tiles)
         return (*gradients, None, None, None, None, None)
 
 
@@ -107,7 +109,7 @@ def _rows_apart(x: torch.Tensor) -> torch.Tensor:
 def forward(
     query: torch.Tensor, key_self: torch.Tensor, value_self: torch.Tensor, history_key: torch.Tensor,
     history_value: torch.Tensor, candidate_offsets: torch.Tensor, history_offsets: torch.Tensor,
-    tokens: int, longest_history: int | None, tiles: Tiles,
+    *, tokens: int, longest_history: int | None, tiles: Tiles,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Output [T, H, d] and log of the denominators, f32 [T, H]."""
     num_tokens, heads, channels = query.shape
@@ -157,7 +159,7 @@ def _is_split_worthwhile(query: torch.Tensor, programs: int, most_chunks: int) -
 def backward(
     out_gradient: torch.Tensor, query: torch.Tensor, key_self: torch.Tensor, value_self: torch.Tensor,
     history_key: torch.Tensor, history_value: torch.Tensor, candidate_offsets: torch.Tensor,
-    history_offsets: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, tokens: int, tiles: Tiles,
+    history_offsets: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *, tokens: int, tiles: Tiles,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Gradients of query, own keys and values, history keys and values."""
     num_tokens, heads, channels = query.shape
@@ -221,7 +223,7 @@ def _read_block(
     query, key_at, value_at, key_stride, value_stride, start, end, largest, total, read, scale_log2,
     KEYS: tl.constexpr, D: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One block of online softmax (Milakov and Gimelshein 2018): scores in powers of two, largest first known so far."""
+    """One block of online softmax (Milakov and Gimelshein 2018): scores as powers of two."""
     event_N = start + tl.arange(0, KEYS)
     channel_d = tl.arange(0, D)
     if IS_WHOLE:
