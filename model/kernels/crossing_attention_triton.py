@@ -42,6 +42,8 @@ class Tiles:
     num_stages: int
     backward_rows: int
     backward_keys: int
+    backward_warps: int = 8
+    backward_stages: int = 2
     is_split: bool | None = None
     """Whether each chunk has a program of its own; None: where there would be too few programs otherwise."""
 
@@ -49,7 +51,7 @@ class Tiles:
 def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles of a head: never dependent on how many candidates or events there are."""
     if dtype == torch.float32:
-        return Tiles(32, 32, 2048, num_warps=4, num_stages=2, backward_rows=32, backward_keys=32)
+        return Tiles(32, 32, 2048, num_warps=4, num_stages=2, backward_rows=32, backward_keys=32, backward_warps=4)
     if head_dim == 128:
         return Tiles(128, 64, 2048, num_warps=8, num_stages=3, backward_rows=64, backward_keys=64)
     return Tiles(128, 64, 2048, num_warps=8, num_stages=3, backward_rows=64, backward_keys=128)
@@ -86,11 +88,14 @@ class _CrossingAttention(torch.autograd.Function):
         ctx: Any, query, key_self, value_self, history_key, history_value, candidate_offsets, history_offsets,
         tokens: int, longest_history: int | None, tiles: Tiles,
     ):  # fmt: skip
-        inputs = [_rows_apart(x) for x in (query, key_self, value_self, history_key, history_value)]
+        query, key_self, value_self = _rows_apart(query), _rows_apart(key_self), _rows_apart(value_self)
+        history_key, history_value = _rows_apart(history_key), _rows_apart(history_value)
+        inputs = (query, key_self, value_self, history_key, history_value, candidate_offsets, history_offsets)
         out, lse = forward(
-            *inputs, candidate_offsets, history_offsets, tokens=tokens, longest_history=longest_history, tiles=tiles
-        )
-        ctx.save_for_backward(*inputs, candidate_offsets, history_offsets, out, lse)
+            query, key_self, value_self, history_key, history_value, candidate_offsets, history_offsets,
+            tokens=tokens, longest_history=longest_history, tiles=tiles,
+        )  # fmt: skip
+        ctx.save_for_backward(*inputs, out, lse)
         ctx.tokens, ctx.tiles = tokens, tiles
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -176,7 +181,7 @@ def backward(
     rows, keys = tiles.backward_rows, tiles.backward_keys
     shared = {
         "group": heads // key_heads, "scale": channels**-0.5, "D": channels, "ROWS": rows,
-        "num_warps": tiles.num_warps, "num_stages": 2,
+        "num_warps": tiles.backward_warps, "num_stages": tiles.backward_stages,
     }  # fmt: skip
     self_pair = (key_self, value_self, key_self.stride(0), value_self.stride(0))
     pair = (history_key, history_value, history_key.stride(0), history_value.stride(0))
