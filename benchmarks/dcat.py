@@ -210,7 +210,9 @@ def check(problem: Problem, *, is_training: bool) -> float:
         again = training_step(problem, problem.ours)()
         assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True)), "other bits in another run"
     error = error_of(problem, found)
-    assert error < 1e-2, f"{problem.row.name}: off by {error:.1e} of the exact result's length"
+    assert error < (2e-2 if is_training else 1e-2), (
+        f"{problem.row.name}: off by {error:.1e} of the exact result's length"
+    )
     tiles = choose_tiles(problem.row.head_dim, torch.bfloat16)
     for is_split in (False, True):
         assert torch.equal(out, problem.ours(replace(tiles, is_split=is_split))), f"other bits with {is_split=}"

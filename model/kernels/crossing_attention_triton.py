@@ -52,9 +52,7 @@ def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles of a head: never dependent on how many candidates or events there are."""
     if dtype == torch.float32:
         return Tiles(32, 32, 2048, num_warps=4, num_stages=2, backward_rows=32, backward_keys=32, backward_warps=4)
-    if head_dim == 128:
-        return Tiles(128, 64, 2048, num_warps=8, num_stages=3, backward_rows=64, backward_keys=64)
-    return Tiles(128, 64, 2048, num_warps=8, num_stages=3, backward_rows=64, backward_keys=128)
+    return Tiles(128, 64, 2048, num_warps=8, num_stages=3, backward_rows=64, backward_keys=64)
 
 
 def crossing_attention_kernel(
@@ -125,28 +123,30 @@ def forward(
     requests = len(candidate_offsets) - 1
     slots = num_tokens // tiles.rows + requests
     most_chunks = triton.cdiv(len(history_key) if longest_history is None else longest_history, tiles.chunk)
-    is_split = tiles.is_split
-    if is_split is None:
-        is_split = _is_split_worthwhile(query, slots * heads, most_chunks)
+    is_split = most_chunks > 0 and tiles.is_split is not False
+    if is_split and tiles.is_split is None:
+        programs = max(triton.cdiv(num_tokens, tiles.rows), requests) * heads
+        is_split = _is_split_worthwhile(query, programs, most_chunks)
     shared = {
-        "group": heads // key_self.shape[1], "requests": requests, "scale_log2": channels**-0.5 * LOG2_E,
-        "TOKENS": tokens, "ROWS": tiles.rows, "D": channels, "num_warps": tiles.num_warps,
+        "heads": heads, "group": heads // key_self.shape[1], "requests": requests,
+        "scale_log2": channels**-0.5 * LOG2_E, "TOKENS": tokens, "ROWS": tiles.rows, "D": channels,
+        "num_warps": tiles.num_warps,
     }  # fmt: skip
     self_pair = (key_self, value_self, key_self.stride(0), value_self.stride(0))
     pair = (history_key, history_value, history_key.stride(0), history_value.stride(0))
-    if is_split and most_chunks:
+    if is_split:
         part_GTHd = query.new_empty(most_chunks, num_tokens, heads, channels, dtype=torch.float32)
         part_max_GTH, part_sum_GTH = lse.new_empty(2, most_chunks, num_tokens, heads)
     else:
         part_GTHd, part_max_GTH, part_sum_GTH = out, lse, lse  # not looked at
-    _forward_kernel[(slots, heads, most_chunks if is_split and most_chunks else 1)](
+    _forward_kernel[(slots * heads, most_chunks if is_split else 1)](
         query, query.stride(0), *self_pair, *pair, candidate_offsets, history_offsets, out, lse,
         part_GTHd, part_max_GTH, part_sum_GTH, num_tokens,
-        **shared, KEYS=tiles.keys, CHUNK=tiles.chunk, IS_SPLIT=is_split and most_chunks > 0,
+        **shared, KEYS=tiles.keys, CHUNK=tiles.chunk, IS_SPLIT=is_split,
         num_stages=tiles.num_stages,
     )  # fmt: skip
-    if is_split and most_chunks:
-        _fold_kernel[(slots, heads)](
+    if is_split:
+        _fold_kernel[(slots * heads,)](
             query, query.stride(0), *self_pair, candidate_offsets, history_offsets, out, lse,
             part_GTHd, part_max_GTH, part_sum_GTH, num_tokens, **shared, CHUNK=tiles.chunk,
         )  # fmt: skip
@@ -154,11 +154,11 @@ def forward(
 
 
 def _is_split_worthwhile(query: torch.Tensor, programs: int, most_chunks: int) -> bool:
-    """Whether programs of whole histories would leave much of the device idle, by shapes alone."""
+    """Whether programs of whole histories (so many, about) would leave over a quarter of the device idle."""
     scratch_bytes = query.numel() * 4 * most_chunks
     if not query.is_cuda or most_chunks <= 1 or scratch_bytes > _SCRATCH_LIMIT_BYTES:
         return False
-    return programs < 2 * torch.cuda.get_device_properties(query.device).multi_processor_count
+    return 4 * programs < 3 * torch.cuda.get_device_properties(query.device).multi_processor_count
 
 
 def backward(
@@ -186,17 +186,18 @@ def backward(
     self_pair = (key_self, value_self, key_self.stride(0), value_self.stride(0))
     pair = (history_key, history_value, history_key.stride(0), history_value.stride(0))
     queries = (query, query.stride(0), out_gradient, out_gradient.stride(0))
-    _query_gradient_kernel[(num_tokens // rows + requests, heads)](
+    _query_gradient_kernel[((num_tokens // rows + requests) * heads,)](
         *queries, *self_pair, *pair, candidate_offsets, history_offsets, out, lse, delta, query_g,
-        requests=requests, TOKENS=tokens, KEYS=keys, **shared,
+        heads=heads, requests=requests, TOKENS=tokens, KEYS=keys, **shared,
     )  # fmt: skip
-    _self_gradient_kernel[(triton.cdiv(num_tokens, rows), key_heads)](
-        *queries, *self_pair, lse, delta, key_self_g, value_self_g, num_tokens, TOKENS=tokens, **shared,
+    _self_gradient_kernel[(triton.cdiv(num_tokens, rows) * key_heads,)](
+        *queries, *self_pair, lse, delta, key_self_g, value_self_g, num_tokens,
+        key_heads=key_heads, TOKENS=tokens, **shared,
     )  # fmt: skip
     if len(history_key):
-        _history_gradient_kernel[(len(history_key) // keys + requests, key_heads)](
+        _history_gradient_kernel[((len(history_key) // keys + requests) * key_heads,)](
             *queries, *pair, candidate_offsets, history_offsets, lse, delta, history_key_g, history_value_g,
-            requests=requests, KEYS=keys, **shared,
+            key_heads=key_heads, requests=requests, KEYS=keys, **shared,
         )  # fmt: skip
     return gradients
 
@@ -238,11 +239,11 @@ def _read_block(
         is_event = event_N[:, None] < end
         key_Nd = tl.load(key_at + event_N[:, None].to(tl.int64) * key_stride + channel_d[None, :], is_event, 0.0)
         value_Nd = tl.load(value_at + event_N[:, None].to(tl.int64) * value_stride + channel_d[None, :], is_event, 0.0)
-    score_MN = _dot(query, tl.trans(key_Nd), tl.zeros([query.shape[0], KEYS], tl.float32)) * scale_log2
+    score_MN = _dot(query, tl.trans(key_Nd), tl.zeros([query.shape[0], KEYS], tl.float32))
     if not IS_WHOLE:
         score_MN = tl.where(event_N[None, :] < end, score_MN, float("-inf"))
-    new_largest = tl.maximum(largest, tl.max(score_MN, 1))
-    share_MN = tl.math.exp2(score_MN - new_largest[:, None])
+    new_largest = tl.maximum(largest, tl.max(score_MN, 1) * scale_log2)
+    share_MN = tl.math.exp2(tl.math.fma(score_MN, scale_log2, -new_largest[:, None]))
     shrink_M = tl.math.exp2(largest - new_largest)
     total = total * shrink_M + tl.sum(share_MN, 1)
     read = _dot(share_MN.to(value_Nd.dtype), value_Nd, read * shrink_M[:, None])
@@ -320,22 +321,21 @@ def _add_self_and_store(
 def _forward_kernel(
     query, query_stride, key_self, value_self, key_self_stride, value_self_stride,
     history_key, history_value, history_key_stride, history_value_stride, candidate_offsets, history_offsets, out, lse,
-    part, part_max, part_sum, num_tokens, group, requests, scale_log2,
+    part, part_max, part_sum, num_tokens, heads, group, requests, scale_log2,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
     IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Tokens of one tile and head over the whole history; where it is split, over one chunk, left in `part`."""
-    slot = tl.program_id(0)
-    head = tl.program_id(1)
+    slot = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
     request = _find_request(candidate_offsets, requests, slot, ROWS)
     begin = tl.load(candidate_offsets + request)
     end = tl.load(candidate_offsets + request + 1)
     first = begin + (slot - begin // ROWS - request) * ROWS
     history_begin = tl.load(history_offsets + request)
     length = tl.load(history_offsets + request + 1) - history_begin
-    chunk = tl.program_id(2)
+    chunk = tl.program_id(1)
     if first < end and (not IS_SPLIT or chunk * CHUNK < length):
-        heads = tl.num_programs(1)
         key_head = head // group
         row_M = (first + tl.arange(0, ROWS)).to(tl.int64)
         is_row_M = row_M < end
@@ -372,18 +372,17 @@ def _forward_kernel(
 @triton.jit
 def _fold_kernel(
     query, query_stride, key_self, value_self, key_self_stride, value_self_stride, candidate_offsets, history_offsets,
-    out, lse, part, part_max, part_sum, num_tokens, group, requests, scale_log2,
+    out, lse, part, part_max, part_sum, num_tokens, heads, group, requests, scale_log2,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The chunks of one tile and head in their order, then what _forward_kernel does at its end."""
-    slot = tl.program_id(0)
-    head = tl.program_id(1)
+    slot = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
     request = _find_request(candidate_offsets, requests, slot, ROWS)
     begin = tl.load(candidate_offsets + request)
     end = tl.load(candidate_offsets + request + 1)
     first = begin + (slot - begin // ROWS - request) * ROWS
     if first < end:
-        heads = tl.num_programs(1)
         length = tl.load(history_offsets + request + 1) - tl.load(history_offsets + request)
         row_M = (first + tl.arange(0, ROWS)).to(tl.int64)
         is_row_M = row_M < end
@@ -407,18 +406,17 @@ def _fold_kernel(
 def _query_gradient_kernel(
     query, query_stride, out_gradient, out_gradient_stride, key_self, value_self, key_self_stride, value_self_stride,
     history_key, history_value, history_key_stride, history_value_stride, candidate_offsets, history_offsets,
-    out, lse, delta, query_gradient, group, scale, requests,
+    out, lse, delta, query_gradient, heads, group, scale, requests,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile's queries; leaves delta (output times its gradient, summed over channels) for the others."""
-    slot = tl.program_id(0)
-    head = tl.program_id(1)
+    slot = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
     request = _find_request(candidate_offsets, requests, slot, ROWS)
     begin = tl.load(candidate_offsets + request)
     end = tl.load(candidate_offsets + request + 1)
     first = begin + (slot - begin // ROWS - request) * ROWS
     if first < end:
-        heads = tl.num_programs(1)
         key_head = head // group
         history_begin = tl.load(history_offsets + request)
         length = tl.load(history_offsets + request + 1) - history_begin
@@ -447,7 +445,8 @@ def _query_gradient_kernel(
                 value_at + event_N[:, None].to(tl.int64) * history_value_stride + channel_d[None, :], is_event, 0.0
             )
             nothing = tl.zeros([ROWS, KEYS], tl.float32)
-            score_MN = _dot(query_Md, tl.trans(key_Nd), nothing) * (scale * _LOG2_E) - lse_M[:, None]
+            score_MN = _dot(query_Md, tl.trans(key_Nd), nothing)
+            score_MN = tl.math.fma(score_MN, scale * _LOG2_E, -lse_M[:, None])
             share_MN = tl.math.exp2(tl.where(event_N[None, :] < length, score_MN, float("-inf")))
             share_gradient_MN = _dot(gradient_Md, tl.trans(value_Nd), nothing)
             score_gradient_MN = share_MN * (share_gradient_MN - delta_M[:, None])
@@ -471,14 +470,13 @@ def _query_gradient_kernel(
 @triton.jit
 def _self_gradient_kernel(
     query, query_stride, out_gradient, out_gradient_stride, key_self, value_self, key_self_stride, value_self_stride,
-    lse, delta, key_gradient, value_gradient, num_tokens, group, scale,
+    lse, delta, key_gradient, value_gradient, num_tokens, key_heads, group, scale,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile's own keys and values: from the candidate's tokens from theirs on, head after head."""
-    key_head = tl.program_id(1)
-    key_heads = tl.num_programs(1)
+    key_head = tl.program_id(0) % key_heads
     heads = key_heads * group
-    row_M = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row_M = (tl.program_id(0) // key_heads * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     is_row_M = row_M < num_tokens
     is_row = is_row_M[:, None]
     place_M = row_M % TOKENS
@@ -514,17 +512,16 @@ def _self_gradient_kernel(
 def _history_gradient_kernel(
     query, query_stride, out_gradient, out_gradient_stride, history_key, history_value, history_key_stride,
     history_value_stride, candidate_offsets, history_offsets, lse, delta, key_gradient, value_gradient,
-    group, scale, requests, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    key_heads, group, scale, requests, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of history keys and values: all tokens of the request, in order, head after head."""
-    slot = tl.program_id(0)
-    key_head = tl.program_id(1)
+    slot = tl.program_id(0) // key_heads
+    key_head = tl.program_id(0) % key_heads
     request = _find_request(history_offsets, requests, slot, KEYS)
     history_begin = tl.load(history_offsets + request)
     history_end = tl.load(history_offsets + request + 1)
     first = history_begin + (slot - history_begin // KEYS - request) * KEYS
     if first < history_end:
-        key_heads = tl.num_programs(1)
         heads = key_heads * group
         begin = tl.load(candidate_offsets + request)
         end = tl.load(candidate_offsets + request + 1)
@@ -549,8 +546,8 @@ def _history_gradient_kernel(
                 lse_M = tl.load(lse + row_M * heads + head, is_row_M, float("inf")) * _LOG2_E
                 delta_M = tl.load(delta + row_M * heads + head, is_row_M, 0.0)
                 nothing = tl.zeros([KEYS, ROWS], tl.float32)
-                score_NM = _dot(key_Nd, tl.trans(query_Md), nothing) * (scale * _LOG2_E) - lse_M[None, :]
-                share_NM = tl.math.exp2(score_NM)
+                score_NM = _dot(key_Nd, tl.trans(query_Md), nothing)
+                share_NM = tl.math.exp2(tl.math.fma(score_NM, scale * _LOG2_E, -lse_M[None, :]))
                 value_result = _dot(share_NM.to(gradient_Md.dtype), gradient_Md, value_result)
                 share_gradient_NM = _dot(value_Nd, tl.trans(gradient_Md), nothing)
                 score_gradient_NM = share_NM * (share_gradient_NM - delta_M[None, :])
