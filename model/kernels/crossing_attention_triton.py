@@ -73,10 +73,11 @@ def crossing_attention_kernel(
     tiles: for tests and for finding better ones.
     """
     tiles = tiles or choose_tiles(query_THd.shape[-1], query_THd.dtype)
-    out_THd, lse_TH = _CrossingAttention.apply(  # type: ignore[no-untyped-call]
-        query_THd, key_self_TKd, value_self_TKd, history_key_SKd, history_value_SKd, candidate_offsets, history_offsets,
-        tokens, longest_history, tiles,
-    )  # fmt: skip
+    with torch.cuda.device_of(query_THd):  # kernels start on the current device; on the CPU this does nothing
+        out_THd, lse_TH = _CrossingAttention.apply(
+            query_THd, key_self_TKd, value_self_TKd, history_key_SKd, history_value_SKd,
+            candidate_offsets, history_offsets, tokens, longest_history, tiles,
+        )  # fmt: skip
     return out_THd, lse_TH
 
 
