@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 
 from benchmarks.results import record, versions
@@ -647,8 +646,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.quick:
             parser.error("on the CPU kernels run in an interpreter: only --quick, which checks and measures nothing")
         os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels load
+    from torch._dynamo import config as compiler  # which loads Triton: not before the variable above is set
+
     # A rival compiled for every shape must not fall back to eager after the first few.
-    torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 256, 4096
+    compiler.recompile_limit, compiler.accumulated_recompile_limit = 256, 4096
     rows = [row for row in (QUICK if args.quick else all_rows()) if any(part in row.name for part in args.rows)]
     card = ceilings(device) if device.type == "cuda" else ""
     print(card, flush=True)

@@ -1,14 +1,10 @@
-"""Kernels run on the GPU where there is one, else in Triton's interpreter, which must be asked for before they load."""
+"""Kernels run on the GPU where there is one, else in Triton's interpreter (tests/conftest.py)."""
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
