@@ -1,10 +1,16 @@
 """Fixtures shared by all tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from deploy.redis_server import start_redis
+
+# Without a GPU, Triton's kernels run in its interpreter, which must be asked for before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
