@@ -76,7 +76,7 @@ HYBRID = "state+context+live"
 def towers(device: str) -> dict[str, tuple[TowerConfig, TrainSettings]]:
     """Config and settings of the plain tower and of the one with live item features."""
     config, settings = quality.news(device)
-    # one hash row: with many each is nearly some article's own, and what it learns there is given to a later one
+    # one hash row: with many, few articles share one, and what it learns of them by heart is given to a later one
     live_config = replace(
         config, live_windows_h=(1 / 6, 0.5, 1.0, 3.0, 24.0), live_bucket_s=60, item_dropout=0.1, temperature=0.2,
         hash_rows=1,
