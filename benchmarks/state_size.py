@@ -340,6 +340,7 @@ def ratio_entry(studies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
         for study in studies
     )
+    only = f" --only {studies[0]['dataset']}" if len(studies) == 1 else ""
     return {
         "measure": f"state.int8_over_fp32.recall@{K}",
         "value": round(worst["value"], 4),
@@ -352,7 +353,7 @@ def ratio_entry(studies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             f"{recall['float32']['value']:.4f}, 95 % interval of the ratio {worst['low']:.4f} to {worst['high']:.4f}, "
             f"paired over {shape['users']:,} users; the same weights, rounded after training. All: {parts}"
         ),
-        "command": "python -m benchmarks.state_size --device cuda",
+        "command": f"python -m benchmarks.state_size{only} --device cuda",
         **{name: study["made"][name] for name in ("hardware", "versions", "date")},
     }
 

@@ -468,6 +468,8 @@ class TrainingData:
         self.first_us_I = log.first_us(self._num_rows)
         if settings.new_item_share and self.live is None:
             raise ConfigError("new_item_share needs live features: items without them have nothing but their id")
+        if self.live is not None and settings.loss != "softmax":
+            raise ConfigError(f"towers with live features train with loss softmax, got {settings.loss!r}")
 
     def plan(self, epoch: int) -> list[tuple[Ints, Ints]]:
         """Steps of an epoch, each as the (start, end) of its windows, events of the whole log.

@@ -504,6 +504,11 @@ def test_items_first_seen_since_the_horizon_are_read_as_unknown(dataset):
     assert asked > 0
 
 
+def test_live_features_train_by_softmax_only(dataset):
+    with pytest.raises(ConfigError, match="loss softmax, got 'gbce'"):
+        training_data(dataset, replace(LIVE_QUICK, loss="gbce"), LIVE)
+
+
 def test_unknown_items_need_live_features(dataset):
     with pytest.raises(ConfigError, match="new_item_share needs live features"):
         training_data(dataset, LIVE_QUICK)
