@@ -515,11 +515,11 @@ def graphed(step: Step, device: torch.device) -> Step:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = step()
+        kept = step, step()  # the step too: it owns the tensors that the graph reads
 
     def replay() -> Any:
         graph.replay()
-        return kept
+        return kept[1]
 
     replay()
     torch.cuda.synchronize()
