@@ -1,11 +1,15 @@
 """From scores to slates on the GPU: rules, the best candidates, their order, caps; a fixed sequence of small kernels.
 
     begin    clear the counts, mark the rows that a request excludes
-    apply    utility, filters: one int32 key an item, in the utility's order; keys are counted by their upper 16 bits
+    allow    filters and bids: what an item's scores are multiplied by, or NaN
+    apply    one int32 key an item, in the utility's order; keys are counted by their upper 16 bits
     gather   from the counts, the least key with which all keys from there on fit the pool; those keys into the pool
-    order    a candidate's place is the number of candidates above it: no sort
-    within   a candidate is taken where fewer than cap taken ones of its group stand above it
+    order    a candidate's place is the number of candidates above it: no sort; and it is taken where fewer than cap of
+             its group stand above it
+    within   with two caps, the same of those that were taken, in rounds
     place    a taken candidate's place in the slate is the number of taken ones above it
+
+The first two need no scores and run beside the kernels that make them.
 
 The meaning is that of `retrieval.select.select` with a pool that may be less than full: the keys in it are always all
 keys above some bound. Atomics add integers only, and the order in which candidates come into the pool leaves no
@@ -14,8 +18,8 @@ trace, so equal inputs give equal slates.
 A key is the float's bits, made to sort as int32; INT32_MIN stands for "not allowed", below any finite number's key.
 A candidate is int64: its key above, its row, the lower the larger, below (`retrieval.select.walk_keys`).
 
-No size is read from the device, so a CUDA graph may hold the whole sequence: how many items there are, and which
-requests exclude what, are numbers in device memory.
+No size is read from the device, so a CUDA graph may hold the whole sequence: how many items there are, which requests
+exclude what, and the caps are numbers in device memory.
 
 Legend: as in model.retrieval; P pool, X excluded rows of all requests, Q places walked.
 """
@@ -59,7 +63,8 @@ class Rules:
     excluded_X2: torch.Tensor
     """i32: a row that is excluded, and the request it is of; those past number 1 of `head` are not looked at."""
     head: torch.Tensor
-    """i32: items there are, excluded rows there are, this run's number (at least 1, another than the run's before)."""
+    """i32: items there are, excluded rows there are, this run's number (at least 1, another than the run's before), and
+    the caps, one or two."""
     field_words: tuple[int, int, int]
     """Mask words of each field."""
 
@@ -70,12 +75,16 @@ class Work:
 
     stamp_BN: torch.Tensor
     """i32: the last run in which the request excluded the row."""
+    factor_BN: torch.Tensor
+    """f32: bid ** power, NaN where the item is not allowed."""
     key_BN: torch.Tensor
     count_BC: torch.Tensor
     pool_BP: torch.Tensor
+    pool_group_CBP: torch.Tensor
+    """i64: the candidates' groups, of each cap."""
     ordered_BP: torch.Tensor
     group_CBP: torch.Tensor
-    """i64: the candidates' groups, in their order, of each cap."""
+    """The same in the candidates' order."""
     take_RBP: torch.Tensor
     """i32, of the last two rounds."""
 
@@ -87,8 +96,10 @@ class Work:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(
-            room(torch.int32, requests, items), room(torch.int32, requests, items), room(torch.int32, requests, COUNTS),
-            room(torch.int64, requests, pool), room(torch.int64, requests, pool), room(torch.int64, 2, requests, pool),
+            room(torch.int32, requests, items), room(torch.float32, requests, items),
+            room(torch.int32, requests, items), room(torch.int32, requests, COUNTS),
+            room(torch.int64, requests, pool), room(torch.int64, 2, requests, pool),
+            room(torch.int64, requests, pool), room(torch.int64, 2, requests, pool),
             room(torch.int32, 2, requests, pool),
         )  # fmt: skip
 
@@ -108,7 +119,7 @@ class Placed:
 
 
 def begin(rules: Rules, work: Work) -> None:
-    """Clear the counts of the run before and mark excluded rows. Needs no scores, so may run beside their kernels."""
+    """Clear the counts of the run before and mark excluded rows."""
     requests, items = work.stamp_BN.shape
     marks = triton.cdiv(len(rules.excluded_X2), 1024)
     cleared = triton.cdiv(requests * COUNTS, 4096)
@@ -117,48 +128,54 @@ def begin(rules: Rules, work: Work) -> None:
     )  # fmt: skip
 
 
-def apply(score_BTN: torch.Tensor, rules: Rules, work: Work, block: int = 512, group: int = 4) -> None:
-    """Keys of all items, and their counts. score_BTN: f32. block, group: items and requests of a program."""
-    requests, tasks, items = score_BTN.shape
+def allow(rules: Rules, work: Work, block: int = 256, group: int = 4) -> None:
+    """Factors of all items. block, group: items and requests of a program."""
+    requests, items = work.factor_BN.shape
     category, country, _ = rules.field_words
-    _apply_kernel[(triton.cdiv(items, block), triton.cdiv(requests, group))](
-        score_BTN, score_BTN.stride(0), score_BTN.stride(1), rules.mask_NW, rules.eligible_N, rules.budget_N,
-        rules.attribute_NA, rules.bid_N, rules.weight_BT, rules.bid_power_B, rules.required_BW, rules.forbidden_BW,
-        rules.lower_BA, rules.upper_BA, rules.min_budget_B, rules.head, work.stamp_BN, work.key_BN, work.count_BC,
-        requests, work.key_BN.stride(0), T=tasks, W=rules.mask_NW.shape[1], SECOND_FIELD=category,
-        THIRD_FIELD=category + country, A=rules.attribute_NA.shape[1], BLOCK=block, GROUP=group, num_warps=4,
-        enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def gather(rules: Rules, work: Work, block: int = 1024) -> None:
-    """The best candidates into the pool."""
-    requests, items = work.key_BN.shape
-    _gather_kernel[(triton.cdiv(items, block), requests)](
-        work.key_BN, work.count_BC, work.pool_BP, rules.head, items, POOL=work.pool_BP.shape[1], BLOCK=block,
+    _allow_kernel[(triton.cdiv(items, block), triton.cdiv(requests, group))](
+        rules.mask_NW, rules.eligible_N, rules.budget_N, rules.attribute_NA, rules.bid_N, rules.bid_power_B,
+        rules.required_BW, rules.forbidden_BW, rules.lower_BA, rules.upper_BA, rules.min_budget_B, rules.head,
+        work.stamp_BN, work.factor_BN, requests, work.factor_BN.stride(0), W=rules.mask_NW.shape[1],
+        SECOND_FIELD=category, THIRD_FIELD=category + country, A=rules.attribute_NA.shape[1], BLOCK=block, GROUP=group,
         num_warps=4,
     )  # fmt: skip
 
 
-def order(groups: list[torch.Tensor], work: Work, block: int = 32, others: int = 128) -> None:
-    """Candidates in the order of the walk, with their groups. groups: i64 [N] of each cap."""
-    requests, pool = work.pool_BP.shape
-    _order_kernel[(triton.cdiv(pool, block), requests)](
-        work.pool_BP, work.count_BC, work.ordered_BP, *_two(groups, work.pool_BP), work.group_CBP,
-        work.group_CBP.stride(0), CAPS=len(groups), POOL=pool, BLOCK=block, OTHERS=others, num_warps=4,
+def apply(score_BTN: torch.Tensor, rules: Rules, work: Work, block: int = 512) -> None:
+    """Keys of all items, and their counts. score_BTN: f32. block: items of a program."""
+    requests, tasks, items = score_BTN.shape
+    _apply_kernel[(triton.cdiv(items, block), requests)](
+        score_BTN, score_BTN.stride(0), score_BTN.stride(1), rules.weight_BT, rules.head, work.factor_BN, work.key_BN,
+        work.count_BC, work.key_BN.stride(0), T=tasks, BLOCK=block, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def within(caps: list[int], rounds: int, work: Work, block: int = 32, others: int = 128) -> None:
-    """Which candidates the walk takes: with one cap settled at once, with two in rounds (`select.within_caps`)."""
-    if not caps:
-        return
+def gather(groups: list[torch.Tensor], rules: Rules, work: Work, block: int = 1024) -> None:
+    """The best candidates into the pool. groups: i64 [N] of each cap."""
+    requests, items = work.key_BN.shape
+    _gather_kernel[(triton.cdiv(items, block), requests)](
+        work.key_BN, work.count_BC, work.pool_BP, *_two(groups, work.pool_BP), work.pool_group_CBP,
+        work.pool_group_CBP.stride(0), rules.head, items, CAPS=len(groups), POOL=work.pool_BP.shape[1], BLOCK=block,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def order(caps: int, rules: Rules, work: Work, block: int = 16, others: int = 256) -> None:
+    """Candidates in the order of the walk, with their groups, and which of them the walk takes; certain for one cap."""
     requests, pool = work.pool_BP.shape
-    for number in range(1 if len(caps) == 1 else rounds + 1):
+    _order_kernel[(triton.cdiv(pool, block), requests)](
+        work.pool_BP, work.pool_group_CBP, work.count_BC, rules.head, work.ordered_BP, work.group_CBP,
+        work.take_RBP[0], work.group_CBP.stride(0), CAPS=caps, POOL=pool, BLOCK=block, OTHERS=others, num_warps=4,
+    )  # fmt: skip
+
+
+def within(rounds: int, rules: Rules, work: Work, block: int = 16, others: int = 256) -> None:
+    """Which candidates the walk takes under two caps: rounds after the first (`select.within_caps`)."""
+    requests, pool = work.pool_BP.shape
+    for number in range(1, rounds + 1):
         _within_kernel[(triton.cdiv(pool, block), requests)](
-            work.count_BC, work.group_CBP, work.group_CBP.stride(0), work.take_RBP[(number + 1) % 2],
-            work.take_RBP[number % 2], caps[0], caps[-1], CAPS=len(caps), IS_FIRST=number == 0, POOL=pool, BLOCK=block,
-            OTHERS=others, num_warps=4,
+            work.count_BC, rules.head, work.group_CBP, work.group_CBP.stride(0), work.take_RBP[(number + 1) % 2],
+            work.take_RBP[number % 2], POOL=pool, BLOCK=block, OTHERS=others, num_warps=4,
         )  # fmt: skip
 
 
@@ -227,11 +244,11 @@ def _field_allows(
 
 
 @triton.jit
-def _apply_kernel(
-    score_BTN, score_stride_b, score_stride_t, mask_NW, eligible_N, budget_N, attribute_NA, bid_N, weight_BT, power_B,
-    required_BW, forbidden_BW, lower_BA, upper_BA, min_budget_B, head, stamp_BN, key_BN, count_BC, requests, items,
-    T: tl.constexpr, W: tl.constexpr, SECOND_FIELD: tl.constexpr, THIRD_FIELD: tl.constexpr, A: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+def _allow_kernel(
+    mask_NW, eligible_N, budget_N, attribute_NA, bid_N, power_B, required_BW, forbidden_BW, lower_BA, upper_BA,
+    min_budget_B, head, stamp_BN, factor_BN, requests, items,
+    W: tl.constexpr, SECOND_FIELD: tl.constexpr, THIRD_FIELD: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK items, up to GROUP requests one after the other."""
     count = tl.load(head)
@@ -246,14 +263,8 @@ def _apply_kernel(
         last = tl.minimum(tl.program_id(1) * GROUP + GROUP, requests)
         for number in tl.range(tl.program_id(1) * GROUP, last):
             request = number + tl.zeros([], tl.int64)
-            utility = tl.zeros([BLOCK], tl.float32)
-            for task in tl.static_range(T):
-                at = score_BTN + request * score_stride_b + task * score_stride_t
-                utility += tl.load(at + row, is_row, 0.0) * tl.load(weight_BT + request * T + task)
-            utility = utility * _bid_factor(bid, tl.load(power_B + request)) + 0.0  # the sum makes -0.0 to 0.0
             allowed = is_row & is_eligible & (budget >= tl.load(min_budget_B + request))
             allowed &= tl.load(stamp_BN + request * items + row, is_row, 0) != run
-            allowed &= tl.abs(utility) < float("inf")
             allowed &= _field_allows(
                 mask_NW, required_BW, forbidden_BW, row, is_row, request, W, 0, SECOND_FIELD, BLOCK
             )
@@ -267,17 +278,39 @@ def _apply_kernel(
                 upper = tl.zeros([BLOCK], tl.float32) + tl.load(upper_BA + request * A + attribute)
                 is_open = (lower == float("-inf")) & (upper == float("inf"))
                 allowed &= ((value >= lower) & (value <= upper)) | is_open
-            bits = utility.to(tl.int32, bitcast=True)
-            key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-            key = tl.where(allowed, key, _NO_KEY)
-            tl.store(key_BN + request * items + row, key, is_row)
-            place = (key >> 16) + 32768
-            counts = count_BC + request * _COUNTS
-            tl.atomic_add(counts + place, tl.full([BLOCK], 1, tl.int32), allowed, sem="relaxed")
-            line = tl.arange(0, _LINES)
-            total = tl.histogram(tl.where(allowed, place // _LINES, 0), _LINES)
-            # Line 0, of numbers below -2**126 and of what is not allowed, needs no total.
-            tl.atomic_add(counts + _TOTALS + line, total, (total > 0) & (line > 0), sem="relaxed")
+            factor = tl.where(allowed, _bid_factor(bid, tl.load(power_B + request)), float("nan"))
+            tl.store(factor_BN + request * items + row, factor, is_row)
+
+
+@triton.jit
+def _apply_kernel(
+    score_BTN, score_stride_b, score_stride_t, weight_BT, head, factor_BN, key_BN, count_BC, items,
+    T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    count = tl.load(head)
+    first = tl.program_id(0) * BLOCK
+    if first < count:
+        request = tl.program_id(1).to(tl.int64)
+        row = first + tl.arange(0, BLOCK)
+        is_row = row < count
+        factor = tl.load(factor_BN + request * items + row, is_row, float("nan"))
+        utility = tl.zeros([BLOCK], tl.float32)
+        for task in tl.static_range(T):
+            at = score_BTN + request * score_stride_b + task * score_stride_t
+            utility += tl.load(at + row, is_row, 0.0) * tl.load(weight_BT + request * T + task)
+        utility = utility * factor + 0.0  # the sum makes -0.0 to 0.0
+        allowed = tl.abs(utility) < float("inf")
+        bits = utility.to(tl.int32, bitcast=True)
+        key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        key = tl.where(allowed, key, _NO_KEY)
+        tl.store(key_BN + request * items + row, key, is_row)
+        place = (key >> 16) + 32768
+        counts = count_BC + request * _COUNTS
+        tl.atomic_add(counts + place, tl.full([BLOCK], 1, tl.int32), allowed, sem="relaxed")
+        line = tl.arange(0, _LINES)
+        total = tl.histogram(tl.where(allowed, place // _LINES, 0), _LINES)
+        # Line 0, of numbers below -2**126 and of what is not allowed, needs no total.
+        tl.atomic_add(counts + _TOTALS + line, total, (total > 0) & (line > 0), sem="relaxed")
 
 
 @triton.jit
@@ -295,7 +328,10 @@ def _bound(counts, POOL: tl.constexpr):
 
 
 @triton.jit
-def _gather_kernel(key_BN, count_BC, pool_BP, head, items, POOL: tl.constexpr, BLOCK: tl.constexpr):
+def _gather_kernel(
+    key_BN, count_BC, pool_BP, group_N, other_group_N, pool_group_CBP, group_stride, head, items,
+    CAPS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     request = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK
     count = tl.load(head)
@@ -312,7 +348,13 @@ def _gather_kernel(key_BN, count_BC, pool_BP, head, items, POOL: tl.constexpr, B
         if number > 0:
             at = tl.atomic_add(counts + _FILL, number, sem="relaxed") + tl.cumsum(ones, 0) - ones
             candidate = (key.to(tl.int64) << 32) | (row.to(tl.int64) ^ _ROW_BITS)
-            tl.store(pool_BP + request * POOL + at, candidate, is_in & (at < POOL))
+            is_in &= at < POOL
+            at += request * POOL
+            tl.store(pool_BP + at, candidate, is_in)
+            if CAPS > 0:
+                tl.store(pool_group_CBP + at, tl.load(group_N + row, is_in, -1), is_in)
+            if CAPS > 1:
+                tl.store(pool_group_CBP + group_stride + at, tl.load(other_group_N + row, is_in, -1), is_in)
 
 
 @triton.jit
@@ -322,58 +364,71 @@ def _row_of(candidate):
 
 @triton.jit
 def _order_kernel(
-    pool_BP, count_BC, ordered_BP, group_N, other_group_N, group_CBP, group_stride,
+    pool_BP, pool_group_CBP, count_BC, head, ordered_BP, group_CBP, take_BP, group_stride,
     CAPS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(1).to(tl.int64)
     fill = tl.minimum(tl.load(count_BC + request * _COUNTS + _FILL), POOL)
     first = tl.program_id(0) * BLOCK
     if first < fill:
+        pool = pool_BP + request * POOL
+        group = pool_group_CBP + request * POOL
         number = first + tl.arange(0, BLOCK)
         is_there = number < fill
-        mine = tl.load(pool_BP + request * POOL + number, is_there, _NO_CANDIDATE)
+        mine = tl.load(pool + number, is_there, _NO_CANDIDATE)
         above = tl.zeros([BLOCK, OTHERS], tl.int32)
+        if CAPS > 0:
+            my_group = tl.load(group + number, is_there, -1)
+            in_group = tl.zeros([BLOCK, OTHERS], tl.int32)
+        if CAPS > 1:
+            my_other = tl.load(group + group_stride + number, is_there, -1)
+            in_other = tl.zeros([BLOCK, OTHERS], tl.int32)
         for start in tl.range(0, fill, OTHERS):
             other = start + tl.arange(0, OTHERS)
-            theirs = tl.load(pool_BP + request * POOL + other, other < fill, _NO_CANDIDATE)
-            above += (theirs[None, :] > mine[:, None]).to(tl.int32)
+            is_above = tl.load(pool + other, other < fill, _NO_CANDIDATE)[None, :] > mine[:, None]
+            above += is_above.to(tl.int32)
+            if CAPS > 0:
+                theirs = tl.load(group + other, other < fill, -1)
+                in_group += (is_above & (theirs[None, :] == my_group[:, None])).to(tl.int32)
+            if CAPS > 1:
+                theirs = tl.load(group + group_stride + other, other < fill, -1)
+                in_other += (is_above & (theirs[None, :] == my_other[:, None])).to(tl.int32)
         at = request * POOL + tl.sum(above, 1)
         tl.store(ordered_BP + at, mine, is_there)
         if CAPS > 0:
-            tl.store(group_CBP + at, tl.load(group_N + _row_of(mine), is_there, -1), is_there)
-        if CAPS > 1:
-            tl.store(group_CBP + group_stride + at, tl.load(other_group_N + _row_of(mine), is_there, -1), is_there)
+            take = (tl.sum(in_group, 1) < tl.load(head + 3)) | (my_group < 0)
+            if CAPS > 1:
+                take &= (tl.sum(in_other, 1) < tl.load(head + 4)) | (my_other < 0)
+                tl.store(group_CBP + at, my_group, is_there)
+                tl.store(group_CBP + group_stride + at, my_other, is_there)
+            tl.store(take_BP + at, take.to(tl.int32), is_there)
 
 
 @triton.jit
 def _within_kernel(
-    count_BC, group_CBP, group_stride, before_BP, take_BP, cap, other_cap,
-    CAPS: tl.constexpr, IS_FIRST: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+    count_BC, head, group_CBP, group_stride, before_BP, take_BP,
+    POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(1).to(tl.int64)
     fill = tl.minimum(tl.load(count_BC + request * _COUNTS + _FILL), POOL)
     first = tl.program_id(0) * BLOCK
     if first < fill:
         number = first + tl.arange(0, BLOCK)
-        group_at = group_CBP + request * POOL
-        mine = tl.load(group_at + number)
+        group = group_CBP + request * POOL
+        mine = tl.load(group + number, number < fill, -1)
+        my_other = tl.load(group + group_stride + number, number < fill, -1)
         above = tl.zeros([BLOCK, OTHERS], tl.int32)
-        if CAPS > 1:
-            my_other = tl.load(group_at + group_stride + number)
-            other_above = tl.zeros([BLOCK, OTHERS], tl.int32)
+        other_above = tl.zeros([BLOCK, OTHERS], tl.int32)
         for start in tl.range(0, tl.minimum(first + BLOCK, fill), OTHERS):
             other = start + tl.arange(0, OTHERS)
             is_above = other[None, :] < number[:, None]
-            if not IS_FIRST:
-                is_above &= tl.load(before_BP + request * POOL + other, other < fill, 0)[None, :] != 0
-            theirs = tl.load(group_at + other, other < fill, -1)
+            is_above &= tl.load(before_BP + request * POOL + other, other < fill, 0)[None, :] != 0
+            theirs = tl.load(group + other, other < fill, -1)
             above += (is_above & (theirs[None, :] == mine[:, None])).to(tl.int32)
-            if CAPS > 1:
-                theirs = tl.load(group_at + group_stride + other, other < fill, -1)
-                other_above += (is_above & (theirs[None, :] == my_other[:, None])).to(tl.int32)
-        take = (tl.sum(above, 1) < cap) | (mine < 0)
-        if CAPS > 1:
-            take &= (tl.sum(other_above, 1) < other_cap) | (my_other < 0)
+            theirs = tl.load(group + group_stride + other, other < fill, -1)
+            other_above += (is_above & (theirs[None, :] == my_other[:, None])).to(tl.int32)
+        take = (tl.sum(above, 1) < tl.load(head + 3)) | (mine < 0)
+        take &= (tl.sum(other_above, 1) < tl.load(head + 4)) | (my_other < 0)
         tl.store(take_BP + request * POOL + number, take.to(tl.int32), number < fill)
 
 

@@ -1,13 +1,18 @@
 """Retrieval of a batch on the GPU as one CUDA graph of few kernels; the answers are those of `Retrieval.search`.
 
-A FusedSearch belongs to one table, plan and batch size: its graph reads the table where it lies. A batch is written
-into page-locked memory as one block, copied by one transfer; the slates come back by another. What the kernels leave
-undone is told by `is_exact_B` and done by the caller (`select.select_exactly` over the utilities, still there).
+    FusedSearch     one table, kind of plan and batch size: its graph reads the table where it lies, on a stream of its
+                    own. A batch is written into page-locked memory as one block and copied by one transfer; the slates
+                    come back by another. What the kernels leave undone is told by `is_exact_B`
+    FusedSearches   those of an index, made as they are needed, each for one thread at a time; where an answer was not
+                    exact, the utilities are still there and `select_exactly` walks them
 
-Scores: the interaction MLP with bfloat16 weights by its own kernels, any other scorer as it is, inside the same graph.
+Scores: the interaction MLP with bfloat16 weights and the dot product of bfloat16, int8 and float8 rows by their own
+kernels, any other scorer as it is, inside the same graph.
 """
 
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,18 +21,26 @@ import triton
 
 from model.errors import ShapeError
 from model.kernels import slate_triton as slate
-from model.kernels.interaction_score import InteractionWeights, ItemFeatures, why_not
+from model.kernels.dot_score_triton import ROW_DTYPES, dot_scores
+from model.kernels.interaction_score import InteractionWeights, why_not
 from model.kernels.interaction_score_triton import Folded, fold, score, vector_of
 from model.retrieval.index import ItemTable, Retrieval
-from model.retrieval.rules import Plan, Requests
-from model.retrieval.scorer import InteractionScorer
-from model.retrieval.select import LEAST_POOL, POOL_PER_RESULT, ROUNDS, Found, drawn, first_places
+from model.retrieval.rules import MAX_RESULTS, Plan, Requests
+from model.retrieval.scorer import DotScorer, InteractionScorer
+from model.retrieval.select import LEAST_POOL, POOL_PER_RESULT, ROUNDS, Found, drawn, first_places, select_exactly
 
 POOL_WITHOUT_CAPS = 2
 """Room in the pool for each item the walk has to find, where nothing is skipped: keys come in by whole bins."""
 LEAST_EXCLUDED = 1024
 """Room for excluded rows of a request."""
+LEAST_RESULTS = 128
+MOST_REQUESTS = 64
+MOST_BYTES = 2**31
+"""Of a FusedSearch's memory for every item and request, which bounds its batch."""
+MOST_SEARCHES = 64
+"""FusedSearches kept of an index; the one not used for longest goes."""
 ALIGNMENT = 256
+_CAPTURING = threading.Lock()
 
 
 class Block:
@@ -43,6 +56,7 @@ class Block:
         self.here_bytes = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.there_bytes = self.here_bytes if device.type == "cpu" else torch.zeros_like(self.here_bytes, device=device)
         self.here = self._views(self.here_bytes, parts)
+        self.here_arrays = {name: part.numpy() for name, part in self.here.items()}
         self.there = self._views(self.there_bytes, parts)
 
     def _views(
@@ -72,6 +86,7 @@ class Shape:
     """What a graph is made for."""
 
     plan: Plan
+    """Its caps are of the plan's kinds; their numbers are the batch's own."""
     requests: int
     tasks: int
     excluded: int
@@ -88,7 +103,7 @@ class FusedSearch:
         per_word, per_attribute = (requests, layout.mask_words), (requests, layout.attributes)
         self.asked = Block(
             {
-                "head": (torch.int32, (4,)), "user": (torch.float32, (requests, layout.embedding_dim)),
+                "head": (torch.int32, (5,)), "user": (torch.float32, (requests, layout.embedding_dim)),
                 "weight": (torch.float32, (requests, shape.tasks)), "bid_power": (torch.float64, (requests,)),
                 "required": (torch.int64, per_word), "forbidden": (torch.int64, per_word),
                 "lower": (torch.float32, per_attribute), "upper": (torch.float32, per_attribute),
@@ -106,8 +121,12 @@ class FusedSearch:
         self.run = 0
         self.weights = interaction_weights(retrieval.scorer, table)
         self.score_BTN = torch.empty(requests, shape.tasks, table.capacity, device=device)
+        self.is_dot = isinstance(retrieval.scorer, DotScorer) and table.dtype in ROW_DTYPES
         if self.weights is not None:
+            self._check_tasks(len(self.weights.out_bias_T))
             self.folded = Folded.empty(requests, self.weights, layout.embedding_dim)
+        elif self.is_dot:
+            self._check_tasks(1)
         there = self.asked.there
         self.rules = slate.Rules(
             table.mask_NW, table.eligible_N, table.budget_N, table.attribute_NA, table.bid_N, there["weight"],
@@ -115,7 +134,9 @@ class FusedSearch:
             there["min_budget"], there["excluded"], there["head"], layout.words,
         )  # fmt: skip
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        is_cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
 
     def launch(self) -> None:
         """All kernels of a run, on the current stream."""
@@ -123,43 +144,55 @@ class FusedSearch:
         self.launch_selection()
 
     def launch_scores_beside_begin(self) -> None:
-        """Scores, and beside them the clearing of counts and marking of excluded rows."""
+        """Scores, and beside them what needs none: clearing of counts, excluded rows, filters."""
         if self._side is None:
-            slate.begin(self.rules, self.work)
+            self.launch_filters()
             self.launch_scores()
             return
         main = torch.cuda.current_stream(self.table.device)
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
-            slate.begin(self.rules, self.work)
+            self.launch_filters()
         self.launch_scores()
         main.wait_stream(self._side)
 
+    def launch_filters(self) -> None:
+        """What each request is allowed of the items."""
+        slate.begin(self.rules, self.work)
+        slate.allow(self.rules, self.work)
+
     def launch_scores(self) -> None:
         """score_BTN of the batch's users."""
-        user_BE = self.asked.there["user"]
-        if self.weights is None:
-            self.score_BTN = self.retrieval.scorer(user_BE, self.table.feature_NF)
-            return
-        items = item_features(self.table)
-        fold(user_BE, self.weights, self.folded, vector_of(items.embedding_NE))
-        count = self.asked.there["head"]
-        if hopper is not None and hopper.fits(items, self.weights):
-            hopper.score(self.folded, items, self.weights, self.score_BTN, count)
+        user_BE, count = self.asked.there["user"], self.asked.there["head"]
+        if self.weights is not None:
+            items = self.table.items()
+            fold(user_BE, self.weights, self.folded, vector_of(items.embedding_NE))
+            if hopper is not None and hopper.fits(items, self.weights):
+                hopper.score(self.folded, items, self.weights, self.score_BTN, count)
+            else:
+                score(self.folded, items, self.weights, self.score_BTN, count)
+        elif self.is_dot:
+            dot_scores(user_BE, self.table.items(), self.score_BTN, count)
         else:
-            score(self.folded, items, self.weights, self.score_BTN, count)
+            self.score_BTN = self.retrieval.scorer(user_BE, self.table.features(slice(None)))
+            self._check_tasks(self.score_BTN.shape[1])
+
+    def _check_tasks(self, tasks: int) -> None:
+        if tasks != self.shape.tasks:
+            raise ShapeError(f"the scorer has {tasks} tasks, the requests weigh {self.shape.tasks}")
 
     def launch_selection(self) -> None:
         """Slates from the scores."""
         plan, found = self.shape.plan, self.found.there
         columns = {"advertiser": self.table.advertiser_N, "category": self.table.category_N}
-        groups, caps = [columns[name] for name in plan.caps], list(plan.caps.values())
+        groups = [columns[name] for name in plan.caps]
         slate.apply(self.score_BTN, self.rules, self.work)
-        slate.gather(self.rules, self.work)
-        slate.order(groups, self.work)
-        slate.within(caps, ROUNDS, self.work)
+        slate.gather(groups, self.rules, self.work)
+        slate.order(len(groups), self.rules, self.work)
+        if len(groups) > 1:
+            slate.within(ROUNDS, self.rules, self.work)
         placed = slate.Placed(found["row"], found["utility"], found["length"], found["is_exact"])
-        slate.place(len(caps), plan.walked, ROUNDS, self.work, placed)
+        slate.place(len(groups), plan.walked, ROUNDS, self.work, placed)
         if plan.explored:
             self._explore()
 
@@ -174,26 +207,18 @@ class FusedSearch:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Make the CUDA graph. Other threads may use the device meanwhile, but none may capture."""
-        self.fill_head(0, 0)
-        stream = torch.cuda.Stream(self.table.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.table.device))
-        with torch.cuda.stream(stream):
-            self.launch()  # compiles
-        stream.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            self.launch()
+        """Make the CUDA graph. Other threads may use the device meanwhile."""
+        assert self.stream is not None, "graphs are for GPUs"
+        self.stream.wait_stream(torch.cuda.current_stream(self.table.device))  # which made the memory
+        with _CAPTURING:
+            with torch.cuda.stream(self.stream):
+                self.launch()  # compiles
+            self.stream.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.launch()
 
-    def fill_head(self, items: int, excluded: int) -> None:
-        """The batch's own numbers: items there are, excluded rows, the next run."""
-        if self.run == 2**31 - 1:
-            self.work.stamp_BN.zero_()
-            self.run = 0
-        self.run += 1
-        self.asked.here["head"][:3] = torch.tensor([items, excluded, self.run], dtype=torch.int32)
-
-    def fill(self, user_BE: torch.Tensor, asked: Requests, items: int) -> None:
+    def fill(self, user_BE: torch.Tensor, asked: Requests, items: int, plan: Plan) -> None:
         """Write a batch, on the CPU, into the page-locked memory; requests that it lacks get nothing."""
         count, excluded = len(asked), len(asked.excluded_X)
         if count > self.shape.requests or excluded > self.shape.excluded:
@@ -201,36 +226,157 @@ class FusedSearch:
                 f"the graph is for {self.shape.requests} requests and {self.shape.excluded} excluded rows, got {count} "
                 f"and {excluded}"
             )
-        here = self.asked.here
-        self.fill_head(items, excluded)
-        here["user"][:count] = user_BE
+        self._check_tasks(asked.weight_BT.shape[1])
+        if self.run == 2**31 - 1:
+            self.work.stamp_BN.zero_()
+            self.run = 0
+        self.run += 1
+        here = self.asked.here_arrays
+        caps = list(plan.caps.values())
+        here["head"][: 3 + len(caps)] = [items, excluded, self.run, *caps]
+        self.asked.here["user"][:count] = user_BE
         for name, value in (
             ("weight", asked.weight_BT), ("bid_power", asked.bid_power_B), ("required", asked.required_BW),
             ("forbidden", asked.forbidden_BW), ("lower", asked.lower_BA), ("upper", asked.upper_BA),
             ("min_budget", asked.min_budget_B), ("seed", asked.seed_B),
         ):  # fmt: skip
-            here[name][:count] = value
-        here["min_budget"][count:] = torch.inf
-        here["excluded"][:excluded, 0] = asked.excluded_X
-        here["excluded"][:excluded, 1] = asked.excluded_of_X
+            here[name][:count] = value.numpy()
+        here["min_budget"][count:] = np.inf
+        here["excluded"][:excluded, 0] = asked.excluded_X.numpy()
+        here["excluded"][:excluded, 1] = asked.excluded_of_X.numpy()
 
     @torch.inference_mode()
-    def search(self, user_BE: torch.Tensor, asked: Requests, items: int) -> Found:
-        """The slates of a batch, on the CPU; exact where `is_exact_B`. items: rows of the table that are in use."""
-        self.fill(user_BE, asked, items)
-        self.asked.send("excluded", len(asked.excluded_X))
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self.launch()
-        self.found.fetch()
-        if self.table.device.type == "cuda":
-            torch.cuda.current_stream(self.table.device).synchronize()
-        count, k, here = len(asked), self.shape.plan.k, self.found.here
+    def search(self, user_BE: torch.Tensor, asked: Requests, items: int, plan: Plan | None = None) -> Found:
+        """The slates of a batch, on the CPU; exact where `is_exact_B`. items: rows of the table that are in use.
+
+        plan: whose graph this is (`kind_of`); by default the shape's own.
+        """
+        plan = plan or self.shape.plan
+        with torch.cuda.stream(self.stream):
+            self.fill(user_BE, asked, items, plan)
+            self.asked.send("excluded", len(asked.excluded_X))
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self.launch()
+            self.found.fetch()
+        if self.stream is not None:
+            self.stream.synchronize()
+        count, k, here = len(asked), plan.k, self.found.here
         return Found(
-            here["row"][:count, :k].long(), here["utility"][:count, :k].clone(), here["length"][:count].long(),
-            here["is_exact"][:count] != 0,
+            here["row"][:count, :k].long(), here["utility"][:count, :k].clone(),
+            here["length"][:count].clamp_max(k).long(), here["is_exact"][:count] != 0,
         )  # fmt: skip
+
+    @torch.inference_mode()
+    def walk_again(self, which_R: torch.Tensor, asked: Requests, items: int, plan: Plan) -> Found:
+        """Exact slates of some requests of the batch just searched, from the utilities that it left; on the CPU."""
+        with torch.cuda.stream(self.stream):
+            key_RN = self.work.key_BN[which_R.to(self.table.device), :items]
+            allowed_RN = key_RN != slate.NO_KEY
+            utility_RN = torch.where(key_RN < 0, key_RN ^ 0x7FFFFFFF, key_RN).view(torch.float32)
+            groups = {"advertiser": self.table.advertiser_N[:items], "category": self.table.category_N[:items]}
+            seed_R = asked.seed_B[which_R].to(self.table.device)
+            found = select_exactly(torch.where(allowed_RN, utility_RN, 0), allowed_RN, groups, seed_R, plan)
+            return Found(*(part.cpu() for part in found))
+
+
+class FusedSearches:
+    """The FusedSearches of an index. Any number of threads may search."""
+
+    def __init__(self, retrieval: Retrieval) -> None:
+        self.retrieval = retrieval
+        self.walked_again = 0
+        """Requests whose pool was too small, so that their utilities were walked again."""
+        self._lock = threading.Lock()
+        self._free: OrderedDict[tuple[ItemTable, Shape], list[FusedSearch]] = OrderedDict()
+
+    def search(self, table: ItemTable, user_BE: torch.Tensor, asked: Requests, plan: Plan) -> Found:
+        """The exact slates of a batch of any size, on the CPU. user_BE: float, on any device. asked: on the CPU.
+
+        The table must not change meanwhile. Raises ShapeError.
+        """
+        most = most_requests(table)
+        if len(asked) > most:
+            parts = [
+                self.search(table, user_BE[start : start + most], asked.part(start, start + most), plan)
+                for start in range(0, len(asked), most)
+            ]
+            return Found(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        shape = shape_of(plan, asked)
+        search = self._take(table, shape)
+        found = search.search(user_BE, asked, table.count, plan)
+        if not bool(found.is_exact_B.all()):
+            which_R = (~found.is_exact_B).nonzero()[:, 0]
+            again = search.walk_again(which_R, asked, table.count, plan)
+            for part, mended in zip(found, again, strict=True):
+                part[which_R] = mended
+            with self._lock:
+                self.walked_again += len(which_R)
+        self._give_back(search)
+        return found
+
+    def prepare(self, table: ItemTable, plan: Plan, requests: int, tasks: int) -> None:
+        """Have one ready for such batches."""
+        requests = _power(min(requests, most_requests(table)))
+        self._give_back(self._take(table, Shape(kind_of(plan), requests, tasks, requests * LEAST_EXCLUDED)))
+
+    def move(self, before: ItemTable, table: ItemTable) -> None:
+        """Have the same ready for a table as for the one it replaces, which nobody reads any more."""
+        with self._lock:
+            shapes = [shape for owner, shape in self._free if owner is before]
+            for shape in shapes:
+                del self._free[before, shape]
+        for shape in shapes:
+            self._give_back(self._take(table, shape))
+
+    def _take(self, table: ItemTable, shape: Shape) -> FusedSearch:
+        with self._lock:
+            free = self._free.get((table, shape))
+            if free:
+                return free.pop()
+        search = FusedSearch(self.retrieval, table, shape)
+        if search.stream is not None:
+            search.capture()
+        return search
+
+    def _give_back(self, search: FusedSearch) -> None:
+        with self._lock:
+            key = search.table, search.shape
+            self._free.setdefault(key, []).append(search)
+            self._free.move_to_end(key)
+            while sum(map(len, self._free.values())) > MOST_SEARCHES:
+                oldest = next(iter(self._free))
+                if len(self._free[oldest]) > 1:
+                    self._free[oldest].pop()
+                else:
+                    del self._free[oldest]
+
+
+def kind_of(plan: Plan) -> Plan:
+    """The plan whose graph answers this one too: more results begin with the fewer, caps are numbers on the device."""
+    caps = dict.fromkeys((f"{name}_cap" for name in plan.caps), 1)
+    if plan.explored:
+        return replace(plan, **caps)
+    return Plan(k=min(max(_power(plan.k), LEAST_RESULTS), MAX_RESULTS), **caps)
+
+
+def shape_of(plan: Plan, asked: Requests) -> Shape:
+    """What a batch wants to be searched by."""
+    requests = _power(len(asked))
+    excluded = max(_power(len(asked.excluded_X)), requests * LEAST_EXCLUDED)
+    return Shape(kind_of(plan), requests, asked.weight_BT.shape[1], excluded)
+
+
+def most_requests(table: ItemTable) -> int:
+    """Requests of a batch: a power of two for which keys, factors, stamps and scores have room."""
+    most = MOST_BYTES // (16 * table.capacity)
+    return max(1, min(MOST_REQUESTS, _power(most + 1) // 2))
+
+
+def _power(number: int) -> int:
+    """The least power of two that is not below."""
+    return int(triton.next_power_of_2(max(1, number)))
 
 
 def pool_of(plan: Plan) -> int:
@@ -242,7 +388,9 @@ def pool_of(plan: Plan) -> int:
 
 def interaction_weights(scorer: Any, table: ItemTable) -> InteractionWeights | None:
     """The scorer's weights for the kernels, or None where the kernels cannot compute it on this table."""
-    if not isinstance(scorer, InteractionScorer) or table.feature_NF.dtype != torch.bfloat16:
+    if not isinstance(scorer, InteractionScorer) or table.dtype not in ROW_DTYPES:
+        return None
+    if getattr(scorer, "dot_T", None) is not None:  # a dot product beside the MLP, which the kernels lack
         return None
     layout = table.layout
     hidden = scorer.second.in_features, scorer.second.out_features
@@ -253,12 +401,6 @@ def interaction_weights(scorer: Any, table: ItemTable) -> InteractionWeights | N
         scorer.second.weight.detach().T.contiguous(), scorer.second.bias.detach().float(),
         scorer.out.weight.detach().float().contiguous(), scorer.out.bias.detach().float(),
     )  # fmt: skip
-
-
-def item_features(table: ItemTable) -> ItemFeatures:
-    """What the kernels read of a table."""
-    width = table.layout.embedding_dim
-    return ItemFeatures(table.feature_NF[:, :width], table.feature_NF[:, width:])
 
 
 try:

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from model.errors import ShapeError
 from model.kernels import slate_triton as slate
 from model.retrieval import reference
-from model.retrieval.fused import FusedSearch, Shape, pool_of
+from model.retrieval.fused import FusedSearch, Shape, kind_of, pool_of
 from model.retrieval.index import LiveIndex, groups_of
 from model.retrieval.rows import ItemRows, Layout
 from model.retrieval.rules import Plan, Request, Requests
@@ -161,3 +162,114 @@ def test_nothing_allowed_and_no_items() -> None:
     found, _ = fused_search(empty, torch.ones(1, 1), [Request()], Plan(k=2, advertiser_cap=1))
     assert found.row_BK.tolist() == [[-1, -1]]
     assert found.is_exact_B.tolist() == [True]
+
+
+def test_plans_of_a_kind_share_a_search_and_caps_are_numbers() -> None:
+    """Caps and counts of results differ from batch to batch; one search answers all, two more the other kinds."""
+    rng = np.random.default_rng(7)
+    rows = make_rows(rng, 300)
+    eager = LiveIndex(rows, DotScorer(), device=DEVICE, fused=False)
+    fused = LiveIndex(rows, DotScorer(), device=DEVICE, fused=True)
+    user_BE = rng.integers(-2, 3, (1, 4)).astype(np.float32)
+    for plan in (
+        Plan(k=100, advertiser_cap=9), Plan(k=3, advertiser_cap=1), Plan(k=50, advertiser_cap=4), Plan(k=20),
+        Plan(k=30, advertiser_cap=3, category_cap=9), Plan(k=30, advertiser_cap=9, category_cap=3),
+    ):  # fmt: skip
+        wanted = eager.search(user_BE, [Request()], plan, VERSION)
+        found = fused.search(user_BE, [Request()], plan, VERSION)
+        assert found.item_ids == wanted.item_ids
+        assert np.array_equal(found.row_BK, wanted.row_BK)
+        assert np.array_equal(found.utility_BK, wanted.utility_BK)
+    assert fused._searches is not None
+    assert len(fused._searches._free) == 3
+
+
+def test_kinds_of_plans() -> None:
+    assert kind_of(Plan(k=1000, advertiser_cap=10)) == kind_of(Plan(k=513, advertiser_cap=3))
+    assert kind_of(Plan(k=1000, advertiser_cap=10)) != kind_of(Plan(k=1000, category_cap=10))
+    assert kind_of(Plan(k=2000)).k == 2000
+    explores = Plan(k=10, category_cap=4, exploration_share=0.5, exploration_window=9)
+    assert kind_of(explores) == Plan(k=10, category_cap=1, exploration_share=0.5, exploration_window=9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_index_answers_alike_with_and_without_kernels(seed: int) -> None:
+    """Batches of several sizes, before and after updates that make the table grow."""
+    rng = np.random.default_rng(seed)
+    first, more = make_rows(rng, 40), make_rows(rng, 60, first_id=1020)
+    indices = [LiveIndex(first, DotScorer(), device=DEVICE, fused=fused) for fused in (False, True)]
+    for update in (None, more, make_rows(rng, 5, first_id=1010)):
+        plan, batch = make_plan(rng, 30), int(rng.integers(1, 4))
+        requests = [make_request(rng, first) for _ in range(batch)]
+        user_BE = (rng.integers(-2, 3, (batch, 4)) / 2).astype(np.float32)
+        for index in indices:
+            if update is not None:
+                index.upsert(update)
+        wanted, found = (index.search(user_BE, requests, plan, VERSION) for index in indices)
+        assert found.item_ids == wanted.item_ids
+        assert np.array_equal(found.row_BK, wanted.row_BK)
+        assert np.array_equal(found.utility_BK, wanted.utility_BK)
+        assert found.revision == wanted.revision
+
+
+def test_a_pool_too_small_is_walked_again_and_counted() -> None:
+    """Request 1 asks for what only the last 20 items are; request 0 has 5,000 of one advertiser in its way."""
+    scores, advertisers = [2.0] * 5000 + [1.0] * 20, [0] * 5000 + list(range(1, 21))
+    mask_RW = np.zeros((5020, 3), np.int64)
+    mask_RW[5000:, 0] = 1
+    rows = ItemRows.build(VERSION, SMALL, list(range(5020)), scores, advertiser_R=advertisers, mask_RW=mask_RW)
+    index = LiveIndex(rows, DotScorer(), device=DEVICE, fused=True)
+    slates = index.search(
+        np.ones((2, 1), np.float32), [Request(), Request(required={"category": [0]})], Plan(k=10, advertiser_cap=1),
+        VERSION,
+    )  # fmt: skip
+    assert slates.row_BK.tolist() == [[0, *range(5000, 5009)], list(range(5000, 5010))]
+    assert slates.utility_BK.tolist() == [[2.0, *[1.0] * 9], [1.0] * 10]
+    assert index.walked_again == 1
+
+
+def test_large_batches_are_answered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.retrieval.fused.MOST_REQUESTS", 2)
+    rng = np.random.default_rng(3)
+    rows = make_rows(rng, 50)
+    requests = [make_request(rng, rows) for _ in range(5)]
+    user_BE = rng.integers(-2, 3, (5, 4)).astype(np.float32)
+    wanted, found = (
+        LiveIndex(rows, DotScorer(), device=DEVICE, fused=fused).search(user_BE, requests, Plan(k=9), VERSION)
+        for fused in (False, True)
+    )
+    assert found.item_ids == wanted.item_ids
+
+
+def test_other_numbers_of_tasks_are_refused() -> None:
+    index = LiveIndex(ItemRows.build(VERSION, SMALL, [10], [1]), DotScorer(), device=DEVICE, fused=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        index = LiveIndex(
+            ItemRows.build(VERSION, SMALL, [10], [1]), DotScorer(), device=DEVICE, fused=True, dtype=dtype
+        )
+        with pytest.raises(ShapeError, match="1 tasks, the requests weigh 2"):
+            index.search(np.ones((1, 1), np.float32), [Request(task_weights=(1, 1))], Plan(k=1), VERSION)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 0.98), (torch.int8, 0.98), (torch.float8_e4m3fn, 0.9)])
+@pytest.mark.parametrize("is_mlp", [False, True])
+def test_few_bits_a_number_find_the_same_items(dtype: torch.dtype, least: float, is_mlp: bool) -> None:
+    """1,000 items of 64 normal numbers: the best 100 of float32 and of the kernels' rows."""
+    rng = np.random.default_rng(1)
+    layout = Layout(embedding_dim=64, scalars=2)
+    rows = ItemRows.build(
+        VERSION, layout, list(range(1000)), rng.standard_normal((1000, 64)), scalar_RS=rng.standard_normal((1000, 2))
+    )
+    torch.manual_seed(0)
+    scorer = InteractionScorer(64, 2, (32, 16)).bfloat16() if is_mlp else DotScorer()
+    user_BE, requests = rng.standard_normal((2, 64)).astype(np.float32), [Request()] * 2
+    eager = LiveIndex(rows, scorer, device=DEVICE, fused=False)
+    fused = LiveIndex(rows, scorer, device=DEVICE, fused=True, dtype=dtype)
+    wanted, found = (index.search(user_BE, requests, Plan(k=100), VERSION).row_BK for index in (eager, fused))
+    for b in range(2):
+        assert len(set(wanted[b]) & set(found[b])) >= 100 * least
+    again = LiveIndex(rows, scorer, device=DEVICE, fused=False, dtype=dtype)
+    plain = again.search(user_BE, requests, Plan(k=100), VERSION).row_BK
+    for b in range(2):
+        assert len(set(plain[b]) & set(found[b])) >= 90, "the eager path reads the same rows"
