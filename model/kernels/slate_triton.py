@@ -160,12 +160,13 @@ def gather(groups: list[torch.Tensor], rules: Rules, work: Work, block: int = 10
     )  # fmt: skip
 
 
-def order(caps: int, rules: Rules, work: Work, block: int = 16, others: int = 256) -> None:
+def order(caps: int, rules: Rules, work: Work, block: int = 16, others: int = 256, warps: int = 8) -> None:
     """Candidates in the order of the walk, with their groups, and which of them the walk takes; certain for one cap."""
     requests, pool = work.pool_BP.shape
     _order_kernel[(triton.cdiv(pool, block), requests)](
         work.pool_BP, work.pool_group_CBP, work.count_BC, rules.head, work.ordered_BP, work.group_CBP,
-        work.take_RBP[0], work.group_CBP.stride(0), CAPS=caps, POOL=pool, BLOCK=block, OTHERS=others, num_warps=4,
+        work.take_RBP[0], work.group_CBP.stride(0), CAPS=caps, POOL=pool, BLOCK=block, OTHERS=others,
+        num_warps=warps,
     )  # fmt: skip
 
 

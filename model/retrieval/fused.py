@@ -207,8 +207,9 @@ class FusedSearch:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Make the CUDA graph. Other threads may use the device meanwhile."""
-        assert self.stream is not None, "graphs are for GPUs"
+        """Make the CUDA graph, on a GPU. Other threads may use the device meanwhile."""
+        if self.stream is None:
+            return
         self.stream.wait_stream(torch.cuda.current_stream(self.table.device))  # which made the memory
         with _CAPTURING:
             with torch.cuda.stream(self.stream):
@@ -268,16 +269,22 @@ class FusedSearch:
             here["length"][:count].clamp_max(k).long(), here["is_exact"][:count] != 0,
         )  # fmt: skip
 
+    def utilities(self, items: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """utility_BN, 0 where not allowed, and allowed_BN, of the batch just searched; on the table's device."""
+        key_BN = self.work.key_BN[:, :items]
+        allowed_BN = key_BN != slate.NO_KEY
+        utility_BN = torch.where(key_BN < 0, key_BN ^ 0x7FFFFFFF, key_BN).view(torch.float32)
+        return torch.where(allowed_BN, utility_BN, 0), allowed_BN
+
     @torch.inference_mode()
     def walk_again(self, which_R: torch.Tensor, asked: Requests, items: int, plan: Plan) -> Found:
         """Exact slates of some requests of the batch just searched, from the utilities that it left; on the CPU."""
         with torch.cuda.stream(self.stream):
-            key_RN = self.work.key_BN[which_R.to(self.table.device), :items]
-            allowed_RN = key_RN != slate.NO_KEY
-            utility_RN = torch.where(key_RN < 0, key_RN ^ 0x7FFFFFFF, key_RN).view(torch.float32)
+            which_R = which_R.to(self.table.device)
+            utility_RN, allowed_RN = (part_BN[which_R] for part_BN in self.utilities(items))
             groups = {"advertiser": self.table.advertiser_N[:items], "category": self.table.category_N[:items]}
-            seed_R = asked.seed_B[which_R].to(self.table.device)
-            found = select_exactly(torch.where(allowed_RN, utility_RN, 0), allowed_RN, groups, seed_R, plan)
+            seed_R = asked.seed_B.to(self.table.device)[which_R]
+            found = select_exactly(utility_RN, allowed_RN, groups, seed_R, plan)
             return Found(*(part.cpu() for part in found))
 
 
@@ -336,8 +343,7 @@ class FusedSearches:
             if free:
                 return free.pop()
         search = FusedSearch(self.retrieval, table, shape)
-        if search.stream is not None:
-            search.capture()
+        search.capture()
         return search
 
     def _give_back(self, search: FusedSearch) -> None:

@@ -144,7 +144,8 @@ class ItemTable(nn.Module):
                 buffer.index_copy_(0, row_R, value.to(self.device, buffer.dtype, non_blocking=True))
 
     def _coded(self, feature_RF: torch.Tensor) -> dict[str, torch.Tensor]:
-        embedding_RE, scalar_RS = feature_RF.split([self.layout.embedding_dim, self.layout.scalars], dim=1)
+        width = self.layout.embedding_dim
+        embedding_RE, scalar_RS = feature_RF[:, :width], feature_RF[:, width:]
         largest = LARGEST_CODE[self.dtype]
         scale_R = (embedding_RE.abs().amax(1) / largest).clamp_min(LEAST_SCALE)
         code_RE = (embedding_RE / scale_R[:, None]).clamp(-largest, largest)

@@ -18,7 +18,7 @@ from tests.model.kernels.test_interaction_score import DEVICE, FP8, INT8, draw_i
     ],
 )  # fmt: skip
 def test_scores_are_those_of_the_formula(count: int, requests: int, width: int, dtype: torch.dtype) -> None:
-    """Users keep 16 bits of mantissa: a score is within 2**-16 of the sum of its terms' sizes, and of f32's rounding."""
+    """Users keep 16 bits of mantissa: a score is within 2**-16 of the sum of its terms' sizes."""
     items = draw_items(count, width, 3, dtype)
     user_BE = torch.randn(requests, width, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     score_BTN = torch.full((requests, 1, count), torch.nan, device=DEVICE)

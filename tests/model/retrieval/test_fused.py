@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from model.errors import ShapeError
-from model.kernels import slate_triton as slate
 from model.retrieval import reference
 from model.retrieval.fused import FusedSearch, Shape, kind_of, pool_of
 from model.retrieval.index import LiveIndex, groups_of
@@ -93,11 +92,9 @@ def test_the_mlp_s_own_utilities_are_walked_as_the_reference_walks_them() -> Non
 
 
 def utilities_of(search: FusedSearch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Utilities and what is allowed, from the keys of the last run; on the CPU."""
-    key_BN = search.work.key_BN.cpu()
-    allowed_BN = key_BN != slate.NO_KEY
-    utility_BN = torch.where(key_BN < 0, key_BN ^ 0x7FFFFFFF, key_BN).view(torch.float32)
-    return torch.where(allowed_BN, utility_BN, 0), allowed_BN
+    """Utilities and what is allowed, of the last run; on the CPU."""
+    utility_BN, allowed_BN = search.utilities(search.table.count)
+    return utility_BN.cpu(), allowed_BN.cpu()
 
 
 def test_what_does_not_fit_the_pool_is_told() -> None:
