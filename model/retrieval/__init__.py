@@ -5,6 +5,7 @@
     scorer.py     scores of all items: dot product, interaction MLP (folded, exact)
     select.py     from utilities to slates, exact greedy semantics without a loop over items
     index.py      the catalogue as buffers, live updates, snapshots, whole indices swapped
+    fused.py      on a GPU: a batch as one CUDA graph of few kernels
     shards.py     what local top-k per shard would have answered, and the dial to the global one
     reference.py  all of it in NumPy and float64, as loops one can read: the definition
 
