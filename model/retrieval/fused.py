@@ -140,10 +140,10 @@ class FusedSearch:
 
     def launch(self) -> None:
         """All kernels of a run, on the current stream."""
-        self.launch_scores_beside_begin()
+        self.launch_scores_beside_filters()
         self.launch_selection()
 
-    def launch_scores_beside_begin(self) -> None:
+    def launch_scores_beside_filters(self) -> None:
         """Scores, and beside them what needs none: clearing of counts, excluded rows, filters."""
         if self._side is None:
             self.launch_filters()
@@ -207,7 +207,7 @@ class FusedSearch:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Make the CUDA graph, on a GPU. Other threads may use the device meanwhile."""
+        """Make the CUDA graph, on a GPU. Other threads may use the device meanwhile, but not wait for all of it."""
         if self.stream is None:
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.table.device))  # which made the memory
