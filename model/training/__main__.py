@@ -97,7 +97,7 @@ def _train(args: argparse.Namespace) -> None:
     items = read_items(args.items, description)
     if args.scorer_from is not None:
         own = {"max_minutes": args.max_minutes} if args.max_minutes is not None else {}
-        _train_scorer(args, registry, args.scorer_from, events, items, users, device, own)
+        _train_scorer(args, registry, args.scorer_from, events, items, users, device, None, own)
         return
     part = training_part(events, description).train
     counts = LogCounts(events=part.num_rows, users=pc.count_distinct(part["user_id"]).as_py(), items=items.num_rows)
@@ -137,14 +137,14 @@ def _train(args: argparse.Namespace) -> None:
     print(f"state version {manifest.state_version}, embedding version {manifest.embedding_version}")
     print(json.dumps({name: round(value, 4) for name, value in manifest.metrics.items()}))
     if args.scorer:
-        _train_scorer(args, registry, manifest.release_id, events, items, users, device, {})
+        _train_scorer(args, registry, manifest.release_id, events, items, users, device, settings, {})
 
 
 def _train_scorer(
     args: argparse.Namespace, registry: Registry, release_id: str, events: pa.Table, items: pa.Table,
-    users: pa.Table | None, device: str, own: dict[str, Any],
+    users: pa.Table | None, device: str, tower_settings: TrainSettings | None, own: dict[str, Any],
 ) -> None:  # fmt: skip
-    """The second stage. own: settings given by flags of their own."""
+    """The second stage. tower_settings: of the first, where it has just run. own: settings given by flags."""
     config, settings = scorer_for(registry.manifest(release_id).description, device=device)
     setting_names = {f.name for f in fields(ScorerSettings)}
     of_settings = own | ({} if args.seed is None else {"seed": args.seed})
@@ -154,7 +154,7 @@ def _train_scorer(
         (of_settings if name in setting_names else of_config)[name] = _value(text, value)
     result = train_scorer(
         events, items, users, registry, release_id, config=ScorerConfig.from_dict(config.to_dict() | of_config),
-        settings=replace(settings, **of_settings), device=device,
+        settings=replace(settings, **of_settings), tower_settings=tower_settings, device=device,
     )  # fmt: skip
     manifest, history = result.manifest, result.summary["history"]
     print(f"release {manifest.release_id}: release {release_id} with a scorer, step {result.summary['best_step']}")

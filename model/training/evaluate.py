@@ -343,7 +343,7 @@ def scored(
     """Scores of the whole catalogue, requests of one bucket at a time: they share the items' scalars.
 
     user_BE, item_NE: f32 on one device. counts: what scalars are counted from, on that device; None where the scorer
-    reads none. chunk: requests at a time; by default as many as score 2**22 pairs at once (2**24 on a GPU).
+    reads none. chunk: requests at a time; by default as many as score 2**22 pairs at once (2**23 on a GPU).
     Yields (requests i64 [b], scores f32 [b, N], excluded bool [b, N]: what is no candidate of each).
     """
     device, num_items = item_NE.device, len(item_NE)
@@ -351,7 +351,7 @@ def scored(
     bucket_B = np.zeros(len(user_BE), np.int64) if counts is None else counts.bucket(time_us_B).numpy()
     born_N = None if candidates.born_us_N is None else torch.from_numpy(candidates.born_us_N).to(device)
     if chunk is None:
-        chunk = max(1, (2**24 if item_NE.is_cuda else 2**22) // max(num_items, 1))
+        chunk = max(1, (2**23 if item_NE.is_cuda else 2**22) // max(num_items, 1))
     order = np.argsort(bucket_B, kind="stable")
     for same in np.split(order, np.flatnonzero(np.diff(bucket_B[order])) + 1):
         feature_NF = item_NE

@@ -30,7 +30,7 @@ from model.errors import ConfigError, DataError
 from model.live_items import LiveCounts
 from model.losses import sampled_softmax_each
 from model.metrics import event_metrics
-from model.release import Manifest, Registry, Release
+from model.release import TOWER_PARTS, Manifest, Registry, Release
 from model.retrieval.scalars import counting_config, item_scalars
 from model.retrieval.scorer import InteractionScorer, ScorerConfig
 from model.training.data import DAY_US, EventArrays, Ints, available_from, training_part, validation_targets
@@ -145,9 +145,14 @@ class ScorerData:
 
     def __init__(
         self, release: Release, events: pa.Table, items: pa.Table, users: pa.Table | None,
-        description: DatasetDescription, settings: ScorerSettings,
+        description: DatasetDescription, settings: ScorerSettings, tower_settings: TrainSettings | None = None,
     ) -> None:  # fmt: skip
-        """events: a whole log; its test part is left out here. Raises DataError where no target is left."""
+        """events: a whole log; its test part is left out here. items: the release's, by item_id.
+
+        tower_settings: how the towers were trained, so that what was held out then is held out here; None means the
+        default shares and the seed in the release's lineage. Raises DataError where no target is left, ConfigError for
+        a release with live item features.
+        """
         config = release.config
         if config.live_windows_h:
             raise ConfigError(
@@ -167,10 +172,10 @@ class ScorerData:
             table_IE = release.items.table(with_unknown=True)
         self.table_IE = table_IE.clone()  # a clone made out here is no inference tensor, and training may read it
         """f32 [2I, E]: every row, then each as it was before it was trained on."""
-        lineage = release.manifest.lineage
-        held_out = validation_targets(
-            self.log, TrainSettings(seed=0 if lineage is None else lineage.seed), by_time=self.by_time
-        )  # the tower's own, where it was trained with the default share
+        if tower_settings is None:
+            lineage = release.manifest.lineage
+            tower_settings = TrainSettings(seed=0 if lineage is None else lineage.seed)
+        held_out = validation_targets(self.log, tower_settings, by_time=self.by_time)
         is_target_T = self.log.positive_T & (self.log.item_T < self.log.num_items)
         is_target_T[held_out] = False
         target = np.flatnonzero(is_target_T)
@@ -419,21 +424,24 @@ def train_scorer(
     *,
     config: ScorerConfig | None = None,
     settings: ScorerSettings | None = None,
+    tower_settings: TrainSettings | None = None,
     device: str = "cpu",
 ) -> ScorerResult:
     """Train a scorer on a release's towers and write both as a new release: same states, another embedding version.
 
     events, items, users: as read_log, read_items and read_users return them, the whole log. config, settings: None
-    means what fits the data set and the device. Raises DataError, ConfigError or CheckpointError.
+    means what fits the data set and the device. tower_settings: see ScorerData.
+
+    Raises DataError, ConfigError or CheckpointError.
     """
     started = time.monotonic()
     items = items.sort_by("item_id").combine_chunks()
     tower, items = tower_of_release(registry, release_id, items, registry.manifest(release_id).description)
-    release = registry.load(release_id, device=device, parts=("encoder", "head", "items"))
+    release = registry.load(release_id, device=device, parts=TOWER_PARTS)
     description = release.manifest.description
     defaults = scorer_for(description, device=device)
     config, settings = config or defaults[0], settings or defaults[1]
-    data = ScorerData(release, events, items, users, description, settings)
+    data = ScorerData(release, events, items, users, description, settings, tower_settings)
     log.info(
         "%s: a scorer on release %s; %d of its targets, %d held out; embedding them took %.1f s",
         description.name, release_id, len(data.target), len(data.held_out), time.monotonic() - started,
