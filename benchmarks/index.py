@@ -122,7 +122,8 @@ def check_kernels(device: str, items: int, plan: Plan) -> None:
     users, requests = make_requests(3, items, seed=3)
     allowed = [[reference.is_allowed(rows, n, request) for n in range(items)] for request in requests]
     torch.manual_seed(0)
-    for scorer in (InteractionScorer(256, 16).bfloat16(), DotScorer()):
+    scorers = InteractionScorer(256, 16), InteractionScorer(256, 16, dot_scale=0.05), DotScorer()
+    for scorer in (scorer.bfloat16() for scorer in scorers):
         for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
             index = LiveIndex(rows, scorer, device=device, dtype=dtype)
             search = by_kernels(index, users, requests, plan)

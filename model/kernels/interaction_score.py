@@ -27,6 +27,8 @@ class InteractionWeights:
     out_TG: torch.Tensor
     out_bias_T: torch.Tensor
     """Biases and the last layer: f32."""
+    dot_T: torch.Tensor | None = None
+    """f32: what the dot product is multiplied by before it is added to each logit; None: it is not added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,10 @@ def interaction_scores_reference(
     parts = [user_BNE, item_NE.expand(shape), user_BNE * item_NE, items.scalar_NS.double().expand(shape)]
     first_BNH = torch.relu(torch.cat(parts, dim=2) @ weights.first_IH.double() + weights.bias_H.double())
     second_BNG = torch.relu(first_BNH @ weights.second_HG.double() + weights.second_bias_G.double())
-    return torch.sigmoid(second_BNG @ weights.out_TG.double().T + weights.out_bias_T.double()).transpose(1, 2)
+    logit_BTN = (second_BNG @ weights.out_TG.double().T + weights.out_bias_T.double()).transpose(1, 2)
+    if weights.dot_T is not None:
+        logit_BTN = logit_BTN + weights.dot_T.double()[:, None] * (user_BE @ item_NE.T)[:, None]
+    return torch.sigmoid(logit_BTN)
 
 
 def why_not(embedding_dim: int, scalars: int, hidden: tuple[int, int], dtype: torch.dtype) -> str | None:

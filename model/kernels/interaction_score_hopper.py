@@ -52,10 +52,10 @@ def score(
     _score_kernel[(requests * max(1, processors // requests),)](
         items.embedding_NE, items.scalar_NS, items.scale_N if items.scale_N is not None else items.scalar_NS,
         folded.weight_BKH, folded.bias_BH, weights.second_HG, weights.second_bias_G, weights.out_TG,
-        weights.out_bias_T, score_BTN, count, requests, score_BTN.stride(0), score_BTN.stride(1),
+        weights.out_bias_T, score_BTN, count, requests, score_BTN.stride(0), score_BTN.stride(1), *folded.dot(weights),
         STRIDE=items.embedding_NE.stride(0), SCALAR_STRIDE=items.scalar_NS.stride(0), E=items.embedding_NE.shape[1],
         H=hidden, G=second, T=len(weights.out_bias_T), VECTOR=vector_of(items.embedding_NE),
-        IS_SCALED=items.scale_N is not None, WARPS=WARPS, num_warps=WARPS,
+        IS_SCALED=items.scale_N is not None, HAS_DOT=weights.dot_T is not None, WARPS=WARPS, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -102,9 +102,10 @@ def _share(at, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def _score_kernel(
     embedding_NE, scalar_NS, scale_N, weight_BKH, bias_BH, second_HG, second_bias_G, out_TG, out_bias_T, score_BTN,
-    count_at, requests, score_stride_b, score_stride_t,
+    count_at, requests, score_stride_b, score_stride_t, dot_T, dot_BN, dot_stride,
     STRIDE: gl.constexpr, SCALAR_STRIDE: gl.constexpr, E: gl.constexpr, H: gl.constexpr, G: gl.constexpr,
-    T: gl.constexpr, VECTOR: gl.constexpr, IS_SCALED: gl.constexpr, WARPS: gl.constexpr,
+    T: gl.constexpr, VECTOR: gl.constexpr, IS_SCALED: gl.constexpr, HAS_DOT: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """Every so manieth tile of one request."""
     ROWS: gl.constexpr = 16 * WARPS
@@ -141,6 +142,9 @@ def _score_kernel(
             scale = gl.load(scale_N + at)
             inverse = gl.convert_layout(1.0 / scale, gl.SliceLayout(1, scalar.type.layout))
             scalar = (scalar.to(gl.float32) * inverse[:, None]).to(gl.bfloat16)
+        if HAS_DOT:
+            at_dot = gl.minimum(tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SECOND)), count - 1)
+            product = gl.load(dot_BN + request.to(gl.int64) * dot_stride + at_dot)
         left = _as_left_operand(item, FIRST_LEFT, VECTOR).to(gl.bfloat16)
         hidden = warpgroup_mma(left, first, first_zeros, use_acc=False, is_async=True)
         left = _as_left_operand(scalar, FIRST_LEFT, 4)
@@ -159,4 +163,6 @@ def _score_kernel(
         for task in gl.static_range(T):
             logit = gl.sum(last * out.index(task).load(gl.SliceLayout(0, SECOND))[None, :], 1)
             logit = logit + gl.load(out_bias_T + task)
+            if HAS_DOT:
+                logit = logit + gl.load(dot_T + task) * product
             gl.store(score + task * score_stride_t + row, 1.0 / (1.0 + gl.exp(-logit)), row < count)

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.kernels.dot_score_triton import dot_scores
 from model.kernels.interaction_score import MAX_SCALARS, InteractionWeights, ItemFeatures, check_shapes
 
 _IS_INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -31,15 +32,24 @@ class Folded:
     """bf16 [B, E + 16, H]."""
     bias_BH: torch.Tensor
     """f32."""
+    dot_B1N: torch.Tensor | None
+    """f32: dot products, where the weights want them (`dot_score_triton`)."""
 
     @classmethod
-    def empty(cls, requests: int, weights: InteractionWeights, embedding_dim: int) -> "Folded":
+    def empty(cls, requests: int, weights: InteractionWeights, embedding_dim: int, items: int) -> "Folded":
         """Room for a batch."""
         hidden, device = len(weights.bias_H), weights.bias_H.device
         return cls(
             torch.empty(requests, embedding_dim + MAX_SCALARS, hidden, dtype=torch.bfloat16, device=device),
             torch.empty(requests, hidden, device=device),
+            None if weights.dot_T is None else torch.empty(requests, 1, items, device=device),
         )
+
+    def dot(self, weights: InteractionWeights) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Factors, dot products and their stride, for the scoring kernels; any memory where there is none."""
+        if self.dot_B1N is None or weights.dot_T is None:
+            return weights.out_bias_T, weights.out_bias_T, 0
+        return weights.dot_T, self.dot_B1N, self.dot_B1N.stride(0)
 
 
 def vector_of(embedding_NE: torch.Tensor) -> int:
@@ -51,20 +61,22 @@ def interaction_scores_kernel(
     user_BE: torch.Tensor, items: ItemFeatures, weights: InteractionWeights, *, score_BTN: torch.Tensor | None = None,
     folded: Folded | None = None, count: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """score_BTN, f32 in (0, 1). As interaction_scores_reference, of users rounded to bf16.
+    """score_BTN, f32 in (0, 1), as interaction_scores_reference, of users rounded to bf16; in the dot product to 16 bits.
 
     score_BTN, folded: memory to write to; by default new. count: i32 [1] on the device: only so many items are scored.
     Raises ShapeError.
     """
     check_shapes(user_BE, items, weights)
     requests, rows, tasks = len(user_BE), len(items.embedding_NE), len(weights.out_bias_T)
-    folded = folded or Folded.empty(requests, weights, user_BE.shape[1])
+    folded = folded or Folded.empty(requests, weights, user_BE.shape[1], rows)
     if score_BTN is None:
         score_BTN = torch.empty(requests, tasks, rows, device=user_BE.device)
     if count is None:
         count = torch.full((1,), rows, dtype=torch.int32, device=user_BE.device)
     with torch.cuda.device_of(user_BE):
         fold(user_BE, weights, folded, vector_of(items.embedding_NE))
+        if folded.dot_B1N is not None:
+            dot_scores(user_BE, items, folded.dot_B1N, count)
         score(folded, items, weights, score_BTN, count)
     return score_BTN
 
@@ -91,9 +103,9 @@ def score(
         items.embedding_NE, items.embedding_NE.stride(0), items.scalar_NS, items.scalar_NS.stride(0),
         items.scale_N if items.scale_N is not None else items.scalar_NS, folded.weight_BKH, folded.bias_BH,
         weights.second_HG, weights.second_bias_G, weights.out_TG, weights.out_bias_T, score_BTN, score_BTN.stride(0),
-        score_BTN.stride(1), count, scalars=items.scalar_NS.shape[1], E=width, H=hidden, G=second,
+        score_BTN.stride(1), count, *folded.dot(weights), scalars=items.scalar_NS.shape[1], E=width, H=hidden, G=second,
         T=len(weights.out_bias_T), VECTOR=vector_of(items.embedding_NE), IS_SCALED=items.scale_N is not None,
-        ROWS=rows, num_warps=8, num_stages=2,
+        HAS_DOT=weights.dot_T is not None, ROWS=rows, num_warps=8, num_stages=2,
     )  # fmt: skip
 
 
@@ -146,9 +158,9 @@ def _dot(a, b, c):
 @triton.jit
 def _score_kernel(
     embedding_NE, embedding_stride, scalar_NS, scalar_stride, scale_N, weight_BKH, bias_BH, second_HG, second_bias_G,
-    out_TG, out_bias_T, score_BTN, score_stride_b, score_stride_t, count_at, scalars,
+    out_TG, out_bias_T, score_BTN, score_stride_b, score_stride_t, count_at, dot_T, dot_BN, dot_stride, scalars,
     E: tl.constexpr, H: tl.constexpr, G: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr, IS_SCALED: tl.constexpr,
-    ROWS: tl.constexpr,
+    HAS_DOT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A tile of items for one request."""
     count = tl.load(count_at)
@@ -181,5 +193,7 @@ def _score_kernel(
         last = tl.maximum(last + tl.load(second_bias_G + second)[None, :], 0.0)
         for task in tl.static_range(T):
             logit = tl.sum(last * tl.load(out_TG + task * G + second)[None, :], 1) + tl.load(out_bias_T + task)
+            if HAS_DOT:
+                logit += tl.load(dot_T + task) * tl.load(dot_BN + request * dot_stride + at)
             out = score_BTN + request * score_stride_b + task * score_stride_t
             tl.store(out + row, 1.0 / (1.0 + tl.exp(-logit)), row < count)

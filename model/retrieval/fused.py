@@ -6,8 +6,8 @@
     FusedSearches   those of an index, made as they are needed, each for one thread at a time; where an answer was not
                     exact, the utilities are still there and `select_exactly` walks them
 
-Scores: the interaction MLP with bfloat16 weights and the dot product of bfloat16, int8 and float8 rows by their own
-kernels, any other scorer as it is, inside the same graph.
+Scores: the interaction MLP with bfloat16 weights, with a dot product beside it or not, and the dot product alone, of
+bfloat16, int8 and float8 rows, by their own kernels; any other scorer as it is, inside the same graph.
 """
 
 import threading
@@ -124,7 +124,7 @@ class FusedSearch:
         self.is_dot = isinstance(retrieval.scorer, DotScorer) and table.dtype in ROW_DTYPES
         if self.weights is not None:
             self._check_tasks(len(self.weights.out_bias_T))
-            self.folded = Folded.empty(requests, self.weights, layout.embedding_dim)
+            self.folded = Folded.empty(requests, self.weights, layout.embedding_dim, table.capacity)
         elif self.is_dot:
             self._check_tasks(1)
         there = self.asked.there
@@ -167,6 +167,8 @@ class FusedSearch:
         if self.weights is not None:
             items = self.table.items()
             fold(user_BE, self.weights, self.folded, vector_of(items.embedding_NE))
+            if self.folded.dot_B1N is not None:
+                dot_scores(user_BE, items, self.folded.dot_B1N, count)
             if hopper is not None and hopper.fits(items, self.weights):
                 hopper.score(self.folded, items, self.weights, self.score_BTN, count)
             else:
@@ -396,8 +398,6 @@ def interaction_weights(scorer: Any, table: ItemTable) -> InteractionWeights | N
     """The scorer's weights for the kernels, or None where the kernels cannot compute it on this table."""
     if not isinstance(scorer, InteractionScorer) or table.dtype not in ROW_DTYPES:
         return None
-    if getattr(scorer, "dot_T", None) is not None:  # a dot product beside the MLP, which the kernels lack
-        return None
     layout = table.layout
     hidden = scorer.second.in_features, scorer.second.out_features
     if why_not(layout.embedding_dim, layout.scalars, hidden, scorer.weight_IH.dtype) is not None:
@@ -406,6 +406,7 @@ def interaction_weights(scorer: Any, table: ItemTable) -> InteractionWeights | N
         scorer.weight_IH.detach().contiguous(), scorer.bias_H.detach().float(),
         scorer.second.weight.detach().T.contiguous(), scorer.second.bias.detach().float(),
         scorer.out.weight.detach().float().contiguous(), scorer.out.bias.detach().float(),
+        None if scorer.dot_T is None else scorer.dot_T.detach().float(),
     )  # fmt: skip
 
 

@@ -302,10 +302,9 @@ class LiveIndex:
     ) -> None:  # fmt: skip
         """rows: the first items, in the order of their rows. capacity: rows there is room for; it grows by itself.
 
-        Raises IndexMismatch for a scorer that was loaded with a release of another embedding_version.
-
         dtype: of embeddings and scalars; see `ItemTable`. fused: whether batches are answered by the kernels of
         `fused.py`; by default on a GPU.
+        Raises IndexMismatch for a scorer that was loaded with a release of another embedding_version.
         """
         self.embedding_version = rows.embedding_version
         if (version := getattr(scorer, "embedding_version", None)) is not None:

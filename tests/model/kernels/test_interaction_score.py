@@ -7,6 +7,7 @@ from model.errors import ShapeError
 from model.kernels.interaction_score import InteractionWeights, ItemFeatures, interaction_scores_reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from model.kernels.dot_score_triton import dot_scores
 from model.kernels.interaction_score_triton import interaction_scores_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -14,7 +15,7 @@ INT8, FP8 = torch.int8, torch.float8_e4m3fn
 
 
 def draw_weights(
-    width: int, scalars: int, hidden: int, second: int, tasks: int = 1, seed: int = 0
+    width: int, scalars: int, hidden: int, second: int, tasks: int = 1, seed: int = 0, *, has_dot: bool = False
 ) -> InteractionWeights:
     random = torch.Generator().manual_seed(seed)
 
@@ -25,6 +26,7 @@ def draw_weights(
         normal(3 * width + scalars, hidden, scale=width**-0.5, dtype=torch.bfloat16), normal(hidden, scale=0.1),
         normal(hidden, second, scale=hidden**-0.5, dtype=torch.bfloat16), normal(second, scale=0.1),
         normal(tasks, second, scale=second**-0.5), normal(tasks),
+        normal(tasks, scale=width**-0.5) if has_dot else None,
     )  # fmt: skip
 
 
@@ -40,6 +42,7 @@ def draw_items(count: int, width: int, scalars: int, dtype: torch.dtype, seed: i
     return ItemFeatures((scaled_NE.round() if dtype == INT8 else scaled_NE).to(dtype), scalar_NS, scale_N)
 
 
+@pytest.mark.parametrize("has_dot", [False, True])
 @pytest.mark.parametrize(
     ("count", "requests", "width", "scalars", "hidden", "second", "tasks", "dtype"),
     [
@@ -51,10 +54,18 @@ def draw_items(count: int, width: int, scalars: int, dtype: torch.dtype, seed: i
     ],
 )
 def test_scores_are_those_of_the_formula(
-    count: int, requests: int, width: int, scalars: int, hidden: int, second: int, tasks: int, dtype: torch.dtype
+    count: int,
+    requests: int,
+    width: int,
+    scalars: int,
+    hidden: int,
+    second: int,
+    tasks: int,
+    dtype: torch.dtype,
+    has_dot: bool,
 ) -> None:
     """Both layers' inputs are rounded to 8 bits of mantissa, so scores of spread 0.1 are within 0.005."""
-    weights = draw_weights(width, scalars, hidden, second, tasks)
+    weights = draw_weights(width, scalars, hidden, second, tasks, has_dot=has_dot)
     items = draw_items(count, width, scalars, dtype)
     user_BE = torch.randn(requests, width, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     wanted_BTN = interaction_scores_reference(user_BE, items, weights)
@@ -76,20 +87,26 @@ def test_only_the_items_there_are_are_scored() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="Gluon has no interpreter")
+@pytest.mark.parametrize("has_dot", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, INT8, FP8])
 @pytest.mark.parametrize(("count", "requests", "tasks"), [(1, 1, 1), (127, 3, 2), (5000, 8, 1), (40_000, 33, 1)])
-def test_the_hopper_kernel_computes_the_same(dtype: torch.dtype, count: int, requests: int, tasks: int) -> None:
+def test_the_hopper_kernel_computes_the_same(
+    dtype: torch.dtype, count: int, requests: int, tasks: int, has_dot: bool
+) -> None:
     from model.kernels import interaction_score_hopper as hopper
     from model.kernels.interaction_score_triton import Folded, fold, vector_of
 
-    weights, items = draw_weights(256, 16, 256, 128, tasks), draw_items(count, 256, 16, dtype)
+    weights, items = draw_weights(256, 16, 256, 128, tasks, has_dot=has_dot), draw_items(count, 256, 16, dtype)
     if not hopper.fits(items, weights):
         pytest.skip("no Hopper GPU")
     user_BE = torch.randn(requests, 256, device=DEVICE)
-    folded = Folded.empty(requests, weights, 256)
+    folded = Folded.empty(requests, weights, 256, count)
+    number = torch.tensor([count], dtype=torch.int32, device=DEVICE)
     fold(user_BE, weights, folded, vector_of(items.embedding_NE))
+    if folded.dot_B1N is not None:
+        dot_scores(user_BE, items, folded.dot_B1N, number)
     score_BTN = torch.full((requests, tasks, count), torch.nan, device=DEVICE)
-    hopper.score(folded, items, weights, score_BTN, torch.tensor([count], dtype=torch.int32, device=DEVICE))
+    hopper.score(folded, items, weights, score_BTN, number)
     few = slice(max(0, count - 300), count)
     last = ItemFeatures(
         items.embedding_NE[few], items.scalar_NS[few], items.scale_N if items.scale_N is None else items.scale_N[few]

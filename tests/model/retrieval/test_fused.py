@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed")
 from model.errors import ShapeError
 from model.retrieval import reference
-from model.retrieval.fused import FusedSearch, Shape, kind_of, pool_of
+from model.retrieval.fused import FusedSearch, Shape, interaction_weights, kind_of, pool_of
 from model.retrieval.index import LiveIndex, groups_of
 from model.retrieval.rows import ItemRows, Layout
 from model.retrieval.rules import Plan, Request, Requests
@@ -250,8 +250,8 @@ def test_other_numbers_of_tasks_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 0.98), (torch.int8, 0.98), (torch.float8_e4m3fn, 0.9)])
-@pytest.mark.parametrize("is_mlp", [False, True])
-def test_few_bits_a_number_find_the_same_items(dtype: torch.dtype, least: float, is_mlp: bool) -> None:
+@pytest.mark.parametrize("kind", ["dot", "mlp", "mlp and dot"])
+def test_few_bits_a_number_find_the_same_items(dtype: torch.dtype, least: float, kind: str) -> None:
     """1,000 items of 64 normal numbers: the best 100 of float32 and of the kernels' rows."""
     rng = np.random.default_rng(1)
     layout = Layout(embedding_dim=64, scalars=2)
@@ -259,11 +259,15 @@ def test_few_bits_a_number_find_the_same_items(dtype: torch.dtype, least: float,
         VERSION, layout, list(range(1000)), rng.standard_normal((1000, 64)), scalar_RS=rng.standard_normal((1000, 2))
     )
     torch.manual_seed(0)
-    scorer = InteractionScorer(64, 2, (32, 16)).bfloat16() if is_mlp else DotScorer()
+    dot_scale = 0.1 if kind == "mlp and dot" else None
+    scorer = DotScorer() if kind == "dot" else InteractionScorer(64, 2, (32, 16), dot_scale=dot_scale).bfloat16()
     user_BE, requests = rng.standard_normal((2, 64)).astype(np.float32), [Request()] * 2
     eager = LiveIndex(rows, scorer, device=DEVICE, fused=False)
     fused = LiveIndex(rows, scorer, device=DEVICE, fused=True, dtype=dtype)
     wanted, found = (index.search(user_BE, requests, Plan(k=100), VERSION).row_BK for index in (eager, fused))
+    if kind != "dot":
+        with fused.pin() as pinned:
+            assert interaction_weights(scorer, pinned.table) is not None, "by the kernels"
     for b in range(2):
         assert len(set(wanted[b]) & set(found[b])) >= 100 * least
     again = LiveIndex(rows, scorer, device=DEVICE, fused=False, dtype=dtype)
