@@ -61,7 +61,7 @@ def interaction_scores_kernel(
     user_BE: torch.Tensor, items: ItemFeatures, weights: InteractionWeights, *, score_BTN: torch.Tensor | None = None,
     folded: Folded | None = None, count: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """score_BTN, f32 in (0, 1), as interaction_scores_reference, of users rounded to bf16; in the dot product to 16 bits.
+    """score_BTN, f32 in (0, 1), as the reference gives, of users rounded to bf16; in the dot product to 16 bits.
 
     score_BTN, folded: memory to write to; by default new. count: i32 [1] on the device: only so many items are scored.
     Raises ShapeError.
