@@ -851,19 +851,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert not reads.torn, f"{reads.torn} torn answers"
     repeats = 3 if args.quick or not is_cuda else 50
     batches = (1, 8) if args.quick else (1, 8, 32) if is_cuda else (1,)  # as written, 32 requests take 10 GB there
-    entries = compare(args.device, items, batches, plan, repeats)
-    entries.append(
-        {
-            "measure": "index.torn_reads", "value": reads.torn, "unit": "answers", "target": 0,
-            "note": f"of {reads.answers:,} answers over {len(reads.revisions):,} revisions",
-        }
-    )  # fmt: skip
-    entries += updates(args.device, items, plan, 0.3 if args.quick else 3.0)
+    is_recorded = is_cuda and not args.quick and not args.no_record
+
+    def keep(entries: list[dict[str, Any]]) -> None:
+        """Each part is recorded when it is done."""
+        if is_recorded:
+            command = f"python -m benchmarks.index --device {args.device}"
+            both = {"command": command, "versions": versions("torch", "numpy")}
+            record("index", [{**entry, **both} for entry in entries])
+
+    torn = {
+        "measure": "index.torn_reads", "value": reads.torn, "unit": "answers", "target": 0,
+        "note": f"of {reads.answers:,} answers over {len(reads.revisions):,} revisions",
+    }  # fmt: skip
+    keep([torn])
+    keep(compare(args.device, items, batches, plan, repeats))
+    keep(updates(args.device, items, plan, 0.3 if args.quick else 3.0))
     if is_cuda and not args.quick:
-        entries += eight_bits(args.device)
-    if is_cuda and not args.quick and not args.no_record:
-        command = f"python -m benchmarks.index --device {args.device}"
-        record("index", [{**entry, "command": command, "versions": versions("torch", "numpy")} for entry in entries])
+        keep(eight_bits(args.device))
     return 0
 
 
