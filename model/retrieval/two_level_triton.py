@@ -126,7 +126,7 @@ def _batches(user_BE: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
 
 
 def _padded(requests: int) -> int:
-    return max(LEAST_REQUESTS, triton.next_power_of_2(requests))
+    return max(LEAST_REQUESTS, 1 << (requests - 1).bit_length())
 
 
 def _programs(tensor: torch.Tensor, tiles: Tiles) -> int:
