@@ -397,7 +397,7 @@ _SPLIT: dict[int, ExactRows] = {}
 def split_exact(item_NE: torch.Tensor) -> ExactRows:
     """A random quarter of the rows as the head; kept, as page-locking takes seconds."""
     if len(item_NE) not in _SPLIT:
-        _SPLIT.clear()
+        _SPLIT.clear()  # the size before: its page-locked rows are not needed any more
         random = torch.Generator(item_NE.device).manual_seed(3)
         is_head_N = torch.rand(len(item_NE), generator=random, device=item_NE.device) < 0.25
         _SPLIT[len(item_NE)] = ExactRows.split(item_NE, is_head_N)
@@ -461,10 +461,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = [Size(millions * 10**6, 16_384, 16_384, (16, 64, 256), 256, 1000, 30) for millions in args.millions]
     if args.device.startswith("cuda"):
         check_kernels(args.device)
-    found = [entry for size in sizes for entry in measure(size, args.device)]
-    if args.device.startswith("cuda") and not args.quick and not args.no_record:
-        command = f"python -m benchmarks.two_level --device {args.device}"
-        record("index", [{**entry, "command": command, "versions": versions("torch", "triton")} for entry in found])
+    for size in sizes:
+        found = measure(size, args.device)
+        if args.device.startswith("cuda") and not args.quick and not args.no_record:
+            shared = {
+                "command": f"python -m benchmarks.two_level --device {args.device}",
+                "versions": versions("torch", "triton"),
+            }
+            record("index", [{**entry, **shared} for entry in found])
     return 0
 
 
