@@ -144,11 +144,13 @@ class TwoLevelIndex(nn.Module):
         clusters: of k-means, for searches that probe; 0: none. is_head_N: bool, whose exact rows stay on the device.
         layout, columns: what filters, caps and bids read, for searches with requests; rows that are not eligible never
         survive.
-        Raises ShapeError, ConfigError.
+        Raises ShapeError, ConfigError, and IndexMismatch for a scorer of a release of another embedding_version.
         """
         super().__init__()
         rows, width = feature_NF.shape
         self.embedding_version, self.layout, self.columns = embedding_version, layout, columns
+        if (version := getattr(scorer, "embedding_version", None)) is not None:
+            check_version("a scorer", version, embedding_version)
         self.embedding_dim = width if embedding_dim is None else embedding_dim
         if not 1 <= self.embedding_dim <= width or not feature_NF.dtype.is_floating_point or not rows:
             raise ShapeError(

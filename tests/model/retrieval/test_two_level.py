@@ -111,7 +111,7 @@ def test_the_bound_holds_for_all_rows_that_are_left_out() -> None:
 @pytest.mark.usefixtures("small_sample")
 @pytest.mark.parametrize("has_tail", [False, True])
 def test_kernels_keep_the_rows_that_plain_steps_keep(has_tail: bool) -> None:
-    """Survivors, counts, thresholds and exact scores, for 1 and 70 requests, all rows and clusters."""
+    """Survivors, counts, thresholds and exact scores, for each of the scan's own tiles, all rows and clusters."""
     item, user = make_vectors(900, 40, 5), make_vectors(70, 40, 6)
     is_head = torch.arange(900) % 3 == 0 if has_tail else None
     plain = TwoLevelIndex("v", item, clusters=12, is_head_N=is_head)
@@ -130,7 +130,7 @@ def test_kernels_keep_the_rows_that_plain_steps_keep(has_tail: bool) -> None:
         plain.exact.head_HF.to(DEVICE), tail if tail is None or DEVICE == "cpu" else tail.pin_memory(),
         None if slot_N is None else slot_N.to(DEVICE),
     )  # fmt: skip
-    for requests in (1, 70):
+    for requests in (1, 20, 70):
         code_BW, _ = quantised(user[:requests], 64)
         for group in (1, 8, 64):
             best = kernels.sample_best(sample_MW, sample_scale_M, code_BW.to(DEVICE), group)
@@ -139,12 +139,13 @@ def test_kernels_keep_the_rows_that_plain_steps_keep(has_tail: bool) -> None:
         threshold_B = plain.thresholds(code_BW, 100)
         start_BP, size_BP = plain._nearest(user[:requests], 5)
         ways = {
-            "scan": (kernels.scan, PLAIN.scan, ()), "probe": (kernels.probe, PLAIN.probe, (start_BP, size_BP)),
+            "scan": (kernels.scan, PLAIN.scan, (), None), "scan, small tiles": (kernels.scan, PLAIN.scan, (), SMALL),
+            "probe": (kernels.probe, PLAIN.probe, (start_BP, size_BP), SMALL),
         }  # fmt: skip
-        for name, (own, meant, more) in ways.items():
+        for name, (own, meant, more, tiles) in ways.items():
             lists, counts = own(
                 code_NW, scale_N, row_N, code_BW.to(DEVICE), threshold_B.to(DEVICE),
-                *(part.to(DEVICE) for part in more), 300, SMALL,
+                *(part.to(DEVICE) for part in more), 300, tiles,
             )  # fmt: skip
             wanted, wanted_counts = meant(plain.code_NW, plain.scale_N, plain.row_N, code_BW, threshold_B, *more, 300)
             assert torch.equal(counts.cpu(), wanted_counts), name
@@ -290,3 +291,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         TwoLevelIndex("v", torch.rand(10, 8), clusters=11)
     with pytest.raises(ShapeError, match="float"):
         TwoLevelIndex("v", torch.ones(10, 8, dtype=torch.int8))
+    trained = InteractionScorer(8, 0, (4, 4))
+    trained.embedding_version = "w"
+    with pytest.raises(IndexMismatch, match="scorer"):
+        TwoLevelIndex("v", torch.rand(10, 8), scorer=trained)
