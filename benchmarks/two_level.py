@@ -41,8 +41,6 @@ E, TOPICS = 128, 256
 CENTRE_NOISE, ITEM_NOISE, USER_NOISE = 0.6, 0.9, 0.5
 CATEGORIES, ADVERTISERS, SEEN = 64, 5000, 512
 LAYOUT = Layout(embedding_dim=E, attributes=1, words=(1, 0, 0))
-LEAST_RECALL = 0.99
-"""Of a setting that we would recommend."""
 MOST_BATCH = 64
 
 
@@ -266,6 +264,8 @@ def measure(size: Size, device: str) -> list[dict[str, Any]]:
     is_cuda = device.startswith("cuda")
     began = time.perf_counter()
     item_NE, user_UE = make(size, device)
+    if is_cuda:
+        torch.cuda.synchronize()
     print(f"{size.name}: {size.items:,} items made in {time.perf_counter() - began:.1f} s", flush=True)
     began = time.perf_counter()
     columns = make_columns(size.items, device)
@@ -414,36 +414,34 @@ def entries(
     size: Size, ways: Sequence[Way], ms: dict[int, dict[str, float]], rivals: dict[int, dict[str, float]],
     extras: dict[int, dict[str, float]], memory: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The fastest way of enough recall at each batch size beside the best brute force, and the recall of both."""
+    """The first way, all codes, beside the best brute force; the others in the notes.
+
+    It is the one that we recommend: what it finds does not depend on how well the items fall into clusters.
+    """
+    first = ways[0]
+    name = f"{first.name}, {first.wanted} wanted"
     found: list[dict[str, Any]] = []
-    recalls = []
-    good = {f"{way.name}, {way.wanted} wanted": way for way in ways if way.recall_1000 >= LEAST_RECALL}
     for batch in (1, 32):
-        if not good:
-            break
-        name = min(good, key=lambda one: ms[batch][one])
         rival = min(rivals[batch], key=lambda one: rivals[batch][one])
-        recalls.append(good[name].recall_1000)
-        note = "; ".join(f"{one} {value:.4g} ms" for one, value in {**ms[batch], **extras[batch]}.items())
+        beside = {one: value for one, value in {**ms[batch], **extras[batch]}.items() if one != name}
+        note = "; ".join(f"{one} {value:.4g} ms" for one, value in beside.items())
         found.append({
             "measure": f"index.{size.name}.B{batch}.ms", "value": round(ms[batch][name], 4), "unit": "ms",
             "rival": rival, "rival_value": round(rivals[batch][rival], 4), "note": f"{name}; {note}",
         })  # fmt: skip
-    if good:
-        through = {name: MOST_BATCH / ms[MOST_BATCH][name] * 1e3 for name in good}
-        name = max(through, key=lambda one: through[one])
-        found.append({
-            "measure": f"index.{size.name}.qps", "value": round(through[name]), "unit": "requests/s",
-            "note": f"{name}, batches of {MOST_BATCH} one after another",
-        })  # fmt: skip
-        curve = "; ".join(
-            f"{way.name}, {way.wanted} wanted: @{size.k} {way.recall_1000:.4f}, @{size.k // 10} {way.recall_100:.4f}, "
-            f"{way.certain:.0%} certain" for way in ways
-        )  # fmt: skip
-        found.append({
-            "measure": f"index.{size.name}.recall", "value": round(min(recalls), 4), "unit": f"recall@{size.k}",
-            "rival": "float32 search of all rows", "rival_value": 1, "note": f"{curve}; memory: {memory}",
-        })  # fmt: skip
+    through = "; ".join(f"{one} {MOST_BATCH / value * 1e3:.0f}" for one, value in ms[MOST_BATCH].items())
+    found.append({
+        "measure": f"index.{size.name}.qps", "value": round(MOST_BATCH / ms[MOST_BATCH][name] * 1e3),
+        "unit": "requests/s", "note": f"batches of {MOST_BATCH} one after another: {through}",
+    })  # fmt: skip
+    curve = "; ".join(
+        f"{way.name}, {way.wanted} wanted: @{size.k} {way.recall_1000:.4f}, @{size.k // 10} {way.recall_100:.4f}, "
+        f"{way.certain:.0%} certain" for way in ways
+    )  # fmt: skip
+    found.append({
+        "measure": f"index.{size.name}.recall", "value": round(first.recall_1000, 4), "unit": f"recall@{size.k}",
+        "rival": "float32 search of all rows", "rival_value": 1, "note": f"{curve}; memory: {memory}",
+    })  # fmt: skip
     return found
 
 
