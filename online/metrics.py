@@ -1,13 +1,18 @@
 """What the service tells Prometheus. One registry a process, so that tests and workers do not share counters."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from wsgiref.simple_server import WSGIServer
 
 import prometheus_client as prom
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from model.leases import Lease
 from online.canary import FAILED, PASSED, Check
 from online.engine import Answered
+from online.feeds import Following
 from online.residents import ResidentSet
 
 _LATENCY_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -72,6 +77,8 @@ class Metrics:
             "tower_canary_as_of_seconds", "As-of time of the oldest canary row: how far publishing has come.",
             ["release"], registry=self.registry,
         )  # fmt: skip
+        self._following: list[Following] = []
+        self.registry.register(_Feeds(lambda: self._following))
         self._row_counters: dict[tuple[str, str, str], prom.Counter] = {}
         self._latencies = {method: self._latency.labels(method) for method in ("Embed", "EmbedBatch", "Retrieve")}
 
@@ -109,7 +116,11 @@ class Metrics:
         for r in residents.residents:
             self._releases.labels(r.release_id, r.role.value, r.state_version, r.embedding_version).set(1)
             if r.index is not None:
-                self._items.labels(r.release_id).set(len(r.index.item_ids))
+                self._items.labels(r.release_id).set_function(partial(len, r.index.index))
+
+    def fed(self, following: list[Following]) -> None:
+        """Show the feeds there are; their values are read whenever somebody asks."""
+        self._following = following
 
     def lease_written(self, lease: Lease) -> None:
         """Show how long the lease lasts."""
@@ -137,3 +148,60 @@ class Metrics:
         """Answer GET /metrics from a thread of its own; port 0 picks a free one (`server_port`)."""
         server, _ = prom.start_http_server(port, addr=host, registry=self.registry)
         return server
+
+
+class _Feeds(Collector):
+    """What the feeds of each index have come to, read whenever somebody asks."""
+
+    def __init__(self, following: Callable[[], list[Following]]) -> None:
+        self._following = following
+
+    def collect(self) -> Iterator[Metric]:
+        """See prometheus_client."""
+        now_s = time.time()
+        gauges: dict[str, tuple[str, dict[str, float]]] = {}
+        counters: dict[str, tuple[str, dict[str, float]]] = {}
+        refused = CounterMetricFamily(
+            "tower_live_events_refused", "Events that are not counted.", labels=["embedding_version", "reason"]
+        )
+        for each in self._following():
+            version, updates, events, counted = (
+                each.items.embedding_version,
+                each.updates,
+                each.events,
+                each.items.counted,
+            )
+
+            def put(
+                into: dict[str, tuple[str, dict[str, float]]],
+                name: str,
+                told: str,
+                value: float,
+                version: str = version,
+            ) -> None:
+                into.setdefault(name, (told, {}))[1][version] = value
+
+            put(gauges, "tower_index_revision", "Updates that the item index has seen.", each.items.index.revision)
+            lag_s = now_s - each.updates_until_us * 1e-6
+            put(gauges, "tower_index_lag_seconds", "Since the item updates were last read to their end.", lag_s)
+            put(counters, "tower_index_updates", "Item updates applied.", updates.applied)
+            put(counters, "tower_index_updates_refused", "Item updates that could not be applied.", updates.refused)
+            put(counters, "tower_index_updates_lost", "Item updates trimmed before they were read.", updates.lost)
+            if events is None or counted is None:
+                continue
+            put(gauges, "tower_live_events", "Events that are counted.", events.kept)
+            put(gauges, "tower_live_since_seconds", "Unix time from which on they are whole.", counted.since_us * 1e-6)
+            put(gauges, "tower_live_until_seconds", "Unix time up to which they count.", counted.until_us * 1e-6)
+            put(gauges, "tower_live_short", "1 while they do not reach over the longest window.", counted.is_short)
+            lag_s = now_s - events.read_until_us * 1e-6
+            put(gauges, "tower_live_lag_seconds", "Since the events were last read to their end.", lag_s)
+            put(counters, "tower_live_entries_lost", "Entries of events trimmed before they were read.", events.lost)
+            for reason, count in events.refused.copy().items():
+                refused.add_metric([version, reason], count)
+        for made, kind in ((gauges, GaugeMetricFamily), (counters, CounterMetricFamily)):
+            for name, (told, values) in made.items():
+                family = kind(name, told, labels=["embedding_version"])
+                for version, value in values.items():
+                    family.add_metric([version], value)
+                yield family
+        yield refused
