@@ -67,20 +67,36 @@ NO_NAMES = RuleNames({}, ())
 def catalogue_rows(
     snapshot: ItemIndex, description: DatasetDescription | None = None, catalogue: pa.Table | None = None
 ) -> tuple[ItemRows, RuleNames]:
-    """Rows of a snapshot in its order; what no column tells is none, unknown, bid 1, budget 0, eligible.
+    """Rows of a snapshot in its order, and what their numbers stand for; see `rows_of_items`.
 
     catalogue: item_id and the declared item columns of the same items in the same order; None without rules.
     Raises DataError.
     """
-    ids = snapshot.item_ids.to_pylist()
-    names, columns = NO_NAMES, {}
-    if description is not None and description.item_rules and catalogue is not None:
-        if not catalogue["item_id"].combine_chunks().equals(snapshot.item_ids):
-            raise DataError("the catalogue and the item snapshot must hold the same items in the same order")
-        names = RuleNames.of(description, catalogue)
-        columns = _columns(description, catalogue, names)
-    layout = names.layout(snapshot.item_NE.shape[1])
-    return ItemRows.build(snapshot.embedding_version, layout, ids, snapshot.item_NE, **columns), names
+    if description is None or not description.item_rules or catalogue is None:
+        catalogue = pa.table({"item_id": snapshot.item_ids})
+        return rows_of_items(snapshot.embedding_version, catalogue, snapshot.item_NE, None, NO_NAMES), NO_NAMES
+    if not catalogue["item_id"].combine_chunks().equals(snapshot.item_ids):
+        raise DataError("the catalogue and the item snapshot must hold the same items in the same order")
+    names = RuleNames.of(description, catalogue)
+    return rows_of_items(snapshot.embedding_version, catalogue, snapshot.item_NE, description, names), names
+
+
+def rows_of_items(
+    embedding_version: str, items: pa.Table, embedding_RE: Any, description: DatasetDescription | None, names: RuleNames
+) -> ItemRows:
+    """Rows of items, by the columns that the description names for rules; a value without a number is left out.
+
+    items: item_id and those columns; besides, where there are such, bid, budget and eligible. What no column tells is
+    none, unknown, bid 1, budget 0, eligible. Raises DataError, ShapeError.
+    """
+    columns = {} if description is None or not description.item_rules else _columns(description, items, names)
+    for name in ("bid", "budget", "eligible"):
+        if name in items.column_names:
+            if items[name].null_count:
+                raise DataError(f"column {name} must have a value in every row")
+            columns[f"{name}_R"] = torch.from_numpy(items[name].to_numpy(zero_copy_only=False).copy())
+    layout = names.layout(len(embedding_RE[0]) if len(embedding_RE) else 1)
+    return ItemRows.build(embedding_version, layout, items["item_id"].to_pylist(), embedding_RE, **columns)
 
 
 def _columns(description: DatasetDescription, catalogue: pa.Table, names: RuleNames) -> dict[str, Any]:
