@@ -28,7 +28,8 @@ other results on this machine is refused, and the one that serves stays. While i
 (<registry>/leases) that names what it has loaded; a registry that cannot be written is told in log and metrics.
 
 Retrieve (hybridtower.v1.Recommender) searches the items of the answering release's own embedding version. Until
-`tower-release prepare` has written them, Embed works and Retrieve says FAILED_PRECONDITION.
+`tower-release prepare` has written them, Embed works and Retrieve says FAILED_PRECONDITION. Item updates, and
+events for releases with live item features, come over Redis (`tower-feed`); a log line says how far back events reach.
 
 SIGTERM or SIGINT: health says NOT_SERVING at once; requests are still taken for --notice-s, so that load balancers can
 look away; then requests in progress get --drain-s to end.

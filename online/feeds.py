@@ -14,6 +14,7 @@ from time import monotonic
 import redis
 
 from model.errors import IndexBusy, StoreUnavailable
+from model.event_log import show_time
 from online.event_feed import EventFeed
 from online.item_feed import RETRY_S, ItemFeed
 from online.items import ServedItems
@@ -52,10 +53,17 @@ class Following:
             try:
                 while step(1) == BATCH and monotonic() < give_up_at:
                     pass
-            except (StoreUnavailable, IndexBusy) as error:
+            except Exception as error:  # whatever it is, the release serves, and the thread tries again
                 log.warning("feed of %s: %s; serving without", self.items.embedding_version, error)
             thread = threading.Thread(target=self._run, args=(step,), name="feed-items", daemon=True)
             self._threads.append(thread)
+        counted = self.items.counted
+        if self.events is not None and counted is not None:
+            log.info(
+                "feed of %s: %s events, whole from %s to %s%s", self.items.embedding_version, f"{self.events.kept:,}",
+                show_time(counted.since_us), show_time(counted.until_us),
+                ", less than the longest window: answers will say so" if counted.is_short else "",
+            )  # fmt: skip
         for thread in self._threads:
             thread.start()
 

@@ -1,5 +1,6 @@
 """Everything the service is told from outside, read once at start-up."""
 
+import re
 from dataclasses import dataclass
 
 from model.errors import ConfigError
@@ -32,7 +33,7 @@ class Settings:
     live_hours: float = 168.0
     """How long events count for releases with live item features; as long as senders keep them in the stream."""
     live_events: int = 5_000_000
-    """Most events that are kept to be counted, the latest; about 150 bytes each."""
+    """Most events that are kept to be counted, the latest; about 100 bytes each."""
     deadline_ms: float = 250.0
     """Time given to a request that sets no deadline."""
     store_timeout_ms: float = 50.0
@@ -74,6 +75,8 @@ class Settings:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.max_state_age_s is not None and not self.max_state_age_s > 0:
             raise ConfigError(f"max_state_age_s must be above 0, got {self.max_state_age_s}")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         if (self.tls_cert is None) != (self.tls_key is None):
