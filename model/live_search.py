@@ -55,10 +55,10 @@ class Counted:
 class LiveSearch:
     """A release's live part, for a service that counts."""
 
-    def __init__(self, items: ItemTower, *, device: Any = "cpu") -> None:
+    def __init__(self, items: ItemTower, config: TowerConfig, *, device: Any = "cpu") -> None:
         """items: with live features, in eval mode; its live part is moved to the device."""
         assert items.live is not None, "a release with live features"
-        self.device = torch.device(device)
+        self.config, self.device = config, torch.device(device)
         self.temperature = items.temperature
         self._live = items.live.to(device)
         rows = torch.arange(items.embedder.shape.num_items, device=items.projection.weight.device)
@@ -66,7 +66,7 @@ class LiveSearch:
 
     @torch.inference_mode()
     def counted(
-        self, user_P: Ints, item_P: Ints, time_us_P: Ints, num_rows: int, config: TowerConfig, *, since_us: int,
+        self, user_P: Ints, item_P: Ints, time_us_P: Ints, num_rows: int, *, since_us: int,
         until_us: int, is_behind: bool = False,
     ) -> Counted:  # fmt: skip
         """Counts of positive events, users one after another, each oldest event first.
@@ -74,6 +74,7 @@ class LiveSearch:
         item_P: in [0, R + H). num_rows: R, at least N. until_us: rounded down to a bucket. is_behind: the log has
         events that were not read yet.
         """
+        config = self.config
         bucket_us = config.live_bucket_s * _SECOND_US
         until_us = until_us // bucket_us * bucket_us
         counts = None
@@ -89,7 +90,7 @@ class LiveSearch:
     @torch.inference_mode()
     def bonus(
         self, counted: Counted, psi_L: torch.Tensor, recent: Sequence[Event], time_us: int, num_rows: int,
-        row_of: Callable[[Id], int | None], config: TowerConfig,
+        row_of: Callable[[Id], int | None],
     ) -> torch.Tensor:  # fmt: skip
         """psi . phi + follows - had of each row of the index for one request: f32 [1, num_rows], on the device.
 
@@ -97,7 +98,7 @@ class LiveSearch:
         the last max(live_recent, session_limit) all count as had, the last live_recent are followed. num_rows: of the
         index by now. row_of: row of an item, None where the index has none.
         """
-        psi_L = psi_L.to(self.device)
+        config, psi_L = self.config, psi_L.to(self.device)
         bucket, feature_RF, phi_RL = self._phi(counted, time_us)
         bonus_R = phi_RL @ psi_L
         fresh = bonus_R[-1:].expand(max(0, num_rows - counted.num_rows))  # items that came since: without events

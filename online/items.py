@@ -90,7 +90,7 @@ class ServedItems:
         """Replaced by the event feed, never changed."""
         self._search: LiveSearch | None = None
         if live is not None:
-            self._search = LiveSearch(live.items, device=index.device)
+            self._search = LiveSearch(live.items, live.config, device=index.device)
             self.count(_NO_EVENTS, _NO_EVENTS, _NO_EVENTS, len(index), since_us=0, until_us=0)
 
     @classmethod
@@ -113,11 +113,9 @@ class ServedItems:
     ) -> None:  # fmt: skip
         """Put counts in the place of those there are; see `LiveSearch.counted`."""
         assert self._search is not None, "counts are for releases with live features"
-        assert self.live is not None, "and those have a live model"
         self.counted = self._search.counted(
-            user_P, item_P, time_us_P, num_rows, self.live.config, since_us=since_us, until_us=until_us,
-            is_behind=is_behind,
-        )  # fmt: skip
+            user_P, item_P, time_us_P, num_rows, since_us=since_us, until_us=until_us, is_behind=is_behind
+        )
 
     def search(
         self, embedding_E: NDArray[np.float32], plan: Plan, wishes: Wishes, context: Context, now_us: int
@@ -128,27 +126,23 @@ class ServedItems:
         """
         request = self._request(wishes)
         version = self.embedding_version
-        counted = self.counted
-        if counted is None:
+        counted, live = self.counted, self._search
+        if counted is None or live is None:
             slates = self.index.search(embedding_E[None], [request], plan, version)
-        else:
-            assert self._search is not None, "who has counts has a live model"
-            assert self.live is not None, "who has counts has a live model"
-            search, config = self._search, self.live.config
-            user_V = torch.from_numpy(embedding_E) / search.temperature
-            user_1E, psi_L = user_V[None, : config.embedding_dim], user_V[config.embedding_dim :]
-            time_us = now_us if context.timestamp_us is None else context.timestamp_us
-            slates = self.index.search(
-                user_1E, [request], plan, version,
-                bonus=lambda num_rows: search.bonus(
-                    counted, psi_L, context.session_events, time_us, num_rows, self.index.row_of, config
-                ),
-            )  # fmt: skip
+            item_ids = slates.item_ids[0]
+            return Found(item_ids, slates.utility_BK[0, : len(item_ids)], version, slates.revision)
+        width = live.config.embedding_dim
+        user_V = torch.from_numpy(embedding_E) / live.temperature
+        time_us = now_us if context.timestamp_us is None else context.timestamp_us
+        slates = self.index.search(
+            user_V[None, :width], [request], plan, version,
+            bonus=lambda num_rows: live.bonus(
+                counted, user_V[width:], context.session_events, time_us, num_rows, self.index.row_of
+            ),
+        )  # fmt: skip
         item_ids = slates.item_ids[0]
+        is_behind = now_us - counted.until_us > live.config.live_bucket_s * 1_000_000 + MAX_LAG_US
         score_K = slates.utility_BK[0, : len(item_ids)]
-        if counted is None:
-            return Found(item_ids, score_K, version, slates.revision)
-        is_behind = now_us - counted.until_us > config.live_bucket_s * 1_000_000 + MAX_LAG_US
         return Found(item_ids, score_K, version, slates.revision, counted, counted.is_short or is_behind)
 
     def _request(self, wishes: Wishes) -> rules.Request:

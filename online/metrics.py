@@ -10,8 +10,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from model.leases import Lease
+from model.live_search import Counted
 from online.canary import FAILED, PASSED, Check
 from online.engine import Answered
+from online.event_feed import EventFeed
 from online.feeds import Following
 from online.residents import ResidentSet
 
@@ -150,6 +152,29 @@ class Metrics:
         return server
 
 
+_Figure = tuple[str, str, Callable[[Following, float], float]]
+
+_GAUGES: tuple[_Figure, ...] = (
+    ("tower_index_revision", "Updates that the item index has seen.", lambda f, _: f.items.index.revision),
+    ("tower_index_lag_seconds", "Since the item updates were last read to their end.",
+     lambda f, now_s: now_s - f.updates_until_us * 1e-6),
+)  # fmt: skip
+_COUNTERS: tuple[_Figure, ...] = (
+    ("tower_index_updates", "Item updates applied.", lambda f, _: f.updates.applied),
+    ("tower_index_updates_refused", "Item updates that could not be applied.", lambda f, _: f.updates.refused),
+    ("tower_index_updates_lost", "Item updates trimmed before they were read.", lambda f, _: f.updates.lost),
+)
+_Live = tuple[str, str, Callable[[EventFeed, Counted, float], float]]
+_LIVE_GAUGES: tuple[_Live, ...] = (
+    ("tower_live_events", "Events that are kept to be counted.", lambda events, *_: events.kept),
+    ("tower_live_since_seconds", "Unix time from which on all events are counted.", lambda _, c, __: c.since_us * 1e-6),
+    ("tower_live_until_seconds", "Unix time up to which they are counted.", lambda _, c, __: c.until_us * 1e-6),
+    ("tower_live_short", "1 while they do not fill the longest window.", lambda _, c, __: c.is_short),
+    ("tower_live_lag_seconds", "Since the events were last read to their end.",
+     lambda events, _, now_s: now_s - events.read_until_us * 1e-6),
+)  # fmt: skip
+
+
 class _Feeds(Collector):
     """What the feeds of each index have come to, read whenever somebody asks."""
 
@@ -158,50 +183,27 @@ class _Feeds(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""
-        now_s = time.time()
-        gauges: dict[str, tuple[str, dict[str, float]]] = {}
-        counters: dict[str, tuple[str, dict[str, float]]] = {}
+        now_s, label = time.time(), ["embedding_version"]
+        following = [(each.items.embedding_version, each) for each in self._following()]
+        for kind, figures in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, told, read in figures:
+                family = kind(name, told, labels=label)
+                for version, each in following:
+                    family.add_metric([version], read(each, now_s))
+                yield family
+        live = [(v, f.events, f.items.counted) for v, f in following if f.events and f.items.counted]
+        for name, told, read_live in _LIVE_GAUGES:
+            family = GaugeMetricFamily(name, told, labels=label)
+            for version, events, counted in live:
+                family.add_metric([version], read_live(events, counted, now_s))
+            yield family
+        lost = CounterMetricFamily("tower_live_entries_lost", "Entries of events trimmed before read.", labels=label)
         refused = CounterMetricFamily(
-            "tower_live_events_refused", "Events that are not counted.", labels=["embedding_version", "reason"]
-        )
-        for each in self._following():
-            version, updates, events, counted = (
-                each.items.embedding_version,
-                each.updates,
-                each.events,
-                each.items.counted,
-            )
-
-            def put(
-                into: dict[str, tuple[str, dict[str, float]]],
-                name: str,
-                told: str,
-                value: float,
-                version: str = version,
-            ) -> None:
-                into.setdefault(name, (told, {}))[1][version] = value
-
-            put(gauges, "tower_index_revision", "Updates that the item index has seen.", each.items.index.revision)
-            lag_s = now_s - each.updates_until_us * 1e-6
-            put(gauges, "tower_index_lag_seconds", "Since the item updates were last read to their end.", lag_s)
-            put(counters, "tower_index_updates", "Item updates applied.", updates.applied)
-            put(counters, "tower_index_updates_refused", "Item updates that could not be applied.", updates.refused)
-            put(counters, "tower_index_updates_lost", "Item updates trimmed before they were read.", updates.lost)
-            if events is None or counted is None:
-                continue
-            put(gauges, "tower_live_events", "Events that are counted.", events.kept)
-            put(gauges, "tower_live_since_seconds", "Unix time from which on they are whole.", counted.since_us * 1e-6)
-            put(gauges, "tower_live_until_seconds", "Unix time up to which they count.", counted.until_us * 1e-6)
-            put(gauges, "tower_live_short", "1 while they do not reach over the longest window.", counted.is_short)
-            lag_s = now_s - events.read_until_us * 1e-6
-            put(gauges, "tower_live_lag_seconds", "Since the events were last read to their end.", lag_s)
-            put(counters, "tower_live_entries_lost", "Entries of events trimmed before they were read.", events.lost)
+            "tower_live_events_refused", "Events that are not counted.", labels=[*label, "reason"]
+        )  # fmt: skip
+        for version, events, _ in live:
+            lost.add_metric([version], events.lost)
             for reason, count in events.refused.copy().items():
                 refused.add_metric([version, reason], count)
-        for made, kind in ((gauges, GaugeMetricFamily), (counters, CounterMetricFamily)):
-            for name, (told, values) in made.items():
-                family = kind(name, told, labels=["embedding_version"])
-                for version, value in values.items():
-                    family.add_metric([version], value)
-                yield family
+        yield lost
         yield refused

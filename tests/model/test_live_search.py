@@ -47,9 +47,9 @@ def test_it_is_the_catalogues_score(device):
     items, log = make_items(), make_log()
     with torch.inference_mode():
         is_known = items.is_known(torch.arange(N))
-    search = LiveSearch(items, device=device)
+    search = LiveSearch(items, CONFIG, device=device)
     until_us = START_US + 300 * MINUTE_US
-    counted = search.counted(*log, N, CONFIG, since_us=START_US, until_us=until_us)
+    counted = search.counted(*log, N, since_us=START_US, until_us=until_us)
     assert counted.is_short is False
     counts = LiveCounts.build(*log, N + H, CONFIG)
     psi = torch.randn(4)
@@ -67,7 +67,7 @@ def test_it_is_the_catalogues_score(device):
         )
         wanted = catalogue_logits(items.live.cpu(), counts, asked, psi[None], is_known)
         items.live.to(device)
-        found = search.bonus(counted, psi, events, at_us, N, row_of, CONFIG).cpu()
+        found = search.bonus(counted, psi, events, at_us, N, row_of).cpu()
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert len(counted.phi) <= KEPT_BUCKETS
 
@@ -75,9 +75,9 @@ def test_it_is_the_catalogues_score(device):
 def test_windows_move_on_where_the_log_does_not():
     """Three hours after its last event nothing is in a window, and the past is what it was."""
     items, log = make_items(), make_log()
-    search = LiveSearch(items)
+    search = LiveSearch(items, CONFIG)
     later_us = START_US + 300 * MINUTE_US + 4 * 60 * MINUTE_US
-    counted = search.counted(*log, N, CONFIG, since_us=START_US, until_us=later_us)
+    counted = search.counted(*log, N, since_us=START_US, until_us=later_us)
     _, feature, _ = search._phi(counted, later_us)
     counts = np.bincount(log[1], minlength=N)[:N]
     assert (feature[:N, 0] == 0).all()
@@ -88,25 +88,25 @@ def test_windows_move_on_where_the_log_does_not():
 
 def test_a_later_row_is_an_item_without_events():
     items, log = make_items(), make_log(rows=N)
-    search = LiveSearch(items)
+    search = LiveSearch(items, CONFIG)
     until_us = START_US + 200 * MINUTE_US
     psi = torch.randn(4)
     # as rows of the index when it was counted, nobody clicked on the last two; as rows that came since
-    held = search.counted(*log, N + 2, CONFIG, since_us=0, until_us=until_us)
-    came = search.counted(*log, N, CONFIG, since_us=0, until_us=until_us)
+    held = search.counted(*log, N + 2, since_us=0, until_us=until_us)
+    came = search.counted(*log, N, since_us=0, until_us=until_us)
     events = [Event(3, "click", until_us - 5), Event(N + 1, "click", until_us - 4)]
     rows = {n: n for n in range(N + 2)}
-    one, other = (search.bonus(each, psi, events, until_us, N + 2, rows.get, CONFIG) for each in (held, came))
+    one, other = (search.bonus(each, psi, events, until_us, N + 2, rows.get) for each in (held, came))
     torch.testing.assert_close(one, other)
-    plain = search.bonus(held, psi, [], until_us, N + 2, rows.get, CONFIG)
+    plain = search.bonus(held, psi, [], until_us, N + 2, rows.get)
     assert float(plain[0, N]) == pytest.approx(float(plain[0, N + 1]))
     assert float(plain[0, N + 1] - one[0, N + 1]) == pytest.approx(float(items.live.had.detach()), rel=1e-5)
 
 
 def test_without_any_event():
-    search = LiveSearch(make_items())
+    search = LiveSearch(make_items(), CONFIG)
     empty = np.zeros(0, np.int64)
-    counted = search.counted(empty, empty, empty, N, CONFIG, since_us=0, until_us=START_US)
-    bonus = search.bonus(counted, torch.randn(4), [Event(3, "click", START_US)], START_US, N + 1, row_of, CONFIG)
+    counted = search.counted(empty, empty, empty, N, since_us=0, until_us=START_US)
+    bonus = search.bonus(counted, torch.randn(4), [Event(3, "click", START_US)], START_US, N + 1, row_of)
     assert bonus.shape == (1, N + 1)
     assert bool(bonus.isfinite().all())
