@@ -1,6 +1,6 @@
 """The live part of scores over an item index that grows: counts of now, and what one request adds to them.
 
-The score is that of `model.live_items`, term by term, for one request and all rows of an index:
+With live item features the score is that of `model.live_items`, term by term, for one request and all rows of an index:
 
     score = user . item / temperature + psi . phi(item, t) + follows(recent, item, t) - had(recent, item)
 
@@ -26,6 +26,7 @@ from model.features import hash_ids
 from model.item_tower import ItemTower
 from model.live_items import LiveCounts
 from model.records import Event, Id
+from model.retrieval.scalars import scaled
 
 Ints = NDArray[np.int64]
 _SECOND_US = 1_000_000
@@ -47,27 +48,22 @@ class Counted:
     """Start of a bucket; a request of a later time is answered as of this one."""
     is_short: bool
     """The counts do not reach back over the longest window, or lag behind the log."""
-    phi: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Of the buckets asked for last: features f32 [R + 1, F] and phi f32 [R + 1, L]; the last row is of no events."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Of the buckets asked for last: features f32 [R + 1, F], and what is made of them; the last row has no events."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class LiveSearch:
-    """A release's live part, for a service that counts."""
+class Counting:
+    """Counts of a log for the rows of an index, and what a release makes of them once a bucket."""
 
-    def __init__(self, items: ItemTower, config: TowerConfig, *, device: Any = "cpu") -> None:
-        """items: with live features, in eval mode; its live part is moved to the device."""
-        assert items.live is not None, "a release with live features"
+    def __init__(self, config: TowerConfig, device: Any = "cpu") -> None:
+        """config: with the windows and the bucket to count by."""
         self.config, self.device = config, torch.device(device)
-        self.temperature = items.temperature
-        self._live = items.live.to(device)
-        rows = torch.arange(items.embedder.shape.num_items, device=items.projection.weight.device)
-        self._is_known_N = items.is_known(rows).to(device)
 
     @torch.inference_mode()
     def counted(
-        self, user_P: Ints, item_P: Ints, time_us_P: Ints, num_rows: int, *, since_us: int,
-        until_us: int, is_behind: bool = False,
+        self, user_P: Ints, item_P: Ints, time_us_P: Ints, num_rows: int, *, since_us: int, until_us: int,
+        is_behind: bool = False,
     ) -> Counted:  # fmt: skip
         """Counts of positive events, users one after another, each oldest event first.
 
@@ -84,8 +80,61 @@ class LiveSearch:
             ).to(self.device)  # fmt: skip
         is_short = is_behind or until_us - since_us < longest_window_us(config)
         counted = Counted(counts, num_rows, since_us, until_us, is_short)
-        self._phi(counted, until_us)
+        self._at(counted, until_us)
         return counted
+
+    def _made(self, feature_RF: torch.Tensor, row_R: torch.Tensor) -> torch.Tensor:
+        """What is kept of a bucket. row_R: i64, rows of the index, and R for an item without events."""
+        raise NotImplementedError
+
+    def _at(self, counted: Counted, time_us: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Bucket of a time, i64 scalar, with features of all rows and what is made of them; see Counted.made."""
+        rows = torch.arange(counted.num_rows + 1, device=self.device)
+        counts = counted.counts
+        bucket = torch.zeros((), dtype=torch.int64, device=self.device)
+        if counts is not None:
+            bucket = counts.bucket(torch.tensor(min(time_us, counted.until_us), device=self.device))
+        number = int(bucket)
+        with counted.lock:
+            if number not in counted.made:
+                if counts is None:
+                    feature_RF = torch.zeros(
+                        len(rows), 2 * (len(self.config.live_windows_h) + 1) + 2, device=self.device
+                    )
+                else:
+                    key = torch.where(rows < counted.num_rows, rows, counts.num_rows)  # the last one: of no item
+                    feature_RF = counts.item_features(key, bucket)
+                while len(counted.made) >= KEPT_BUCKETS:
+                    del counted.made[next(iter(counted.made))]
+                counted.made[number] = feature_RF, self._made(feature_RF, rows)
+            return bucket, *counted.made[number]
+
+
+class ScalarCounting(Counting):
+    """The scalars that a release's trained scorer reads (`model.retrieval.scalars`)."""
+
+    @torch.inference_mode()
+    def scalars(self, counted: Counted, time_us: int, num_rows: int) -> torch.Tensor:
+        """Scalars of each row of the index as of a time: f32 [num_rows, S], on the device."""
+        _, _, scalar_RS = self._at(counted, time_us)
+        fresh_XS = scalar_RS[-1:].expand(max(0, num_rows - counted.num_rows), -1)  # items that came since
+        return torch.cat([scalar_RS[:-1], fresh_XS])[:num_rows]
+
+    def _made(self, feature_RF: torch.Tensor, row_R: torch.Tensor) -> torch.Tensor:
+        return scaled(feature_RF)
+
+
+class LiveSearch(Counting):
+    """A release's live part, for a service that counts."""
+
+    def __init__(self, items: ItemTower, config: TowerConfig, *, device: Any = "cpu") -> None:
+        """items: with live features, in eval mode; its live part is moved to the device."""
+        super().__init__(config, device)
+        assert items.live is not None, "a release with live features"
+        self.temperature = items.temperature
+        self._live = items.live.to(device)
+        rows = torch.arange(items.embedder.shape.num_items, device=items.projection.weight.device)
+        self._is_known_N = items.is_known(rows).to(device)
 
     @torch.inference_mode()
     def bonus(
@@ -99,7 +148,7 @@ class LiveSearch:
         index by now. row_of: row of an item, None where the index has none.
         """
         config, psi_L = self.config, psi_L.to(self.device)
-        bucket, feature_RF, phi_RL = self._phi(counted, time_us)
+        bucket, feature_RF, phi_RL = self._at(counted, time_us)
         bonus_R = phi_RL @ psi_L
         fresh = bonus_R[-1:].expand(max(0, num_rows - counted.num_rows))  # items that came since: without events
         bonus_R = torch.cat([bonus_R[:-1], fresh])
@@ -133,26 +182,10 @@ class LiveSearch:
         count = len(self._is_known_N)
         return (row < count) & self._is_known_N[row.clamp(max=count - 1)]
 
-    def _phi(self, counted: Counted, time_us: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Bucket of a time, i64 scalar, with features and phi of all rows; see Counted.phi."""
-        rows = torch.arange(counted.num_rows + 1, device=self.device)
-        counts = counted.counts
-        bucket = torch.zeros((), dtype=torch.int64, device=self.device)
-        if counts is not None:
-            bucket = counts.bucket(torch.tensor(min(time_us, counted.until_us), device=self.device))
-        number = int(bucket)
-        with counted.lock:
-            if number not in counted.phi:
-                if counts is None:
-                    feature_RF = torch.zeros(len(rows), self._live.shortcut.in_features - 1, device=self.device)
-                else:
-                    key = torch.where(rows < counted.num_rows, rows, counts.num_rows)  # the last one: of no item
-                    feature_RF = counts.item_features(key, bucket)
-                is_known_R = self._is_known(rows) & (rows < counted.num_rows)
-                while len(counted.phi) >= KEPT_BUCKETS:
-                    del counted.phi[next(iter(counted.phi))]
-                counted.phi[number] = feature_RF, self._live(feature_RF, is_known_R)
-            return bucket, *counted.phi[number]
+    def _made(self, feature_RF: torch.Tensor, row_R: torch.Tensor) -> torch.Tensor:
+        """phi."""
+        phi_RL: torch.Tensor = self._live(feature_RF, self._is_known(row_R))
+        return phi_RL
 
 
 def longest_window_us(config: TowerConfig) -> int:

@@ -24,7 +24,7 @@ from model.errors import ConfigError, DataError, TowerError
 from model.event_log import read_items, read_log, reject_counts
 from model.new_items import embed_items
 from model.release import Registry
-from model.retrieval.catalogue import NO_NAMES, RuleNames, rows_of_items
+from model.retrieval.catalogue import RuleNames, rows_of_items
 from model.retrieval.rows import Deltas, read_rows
 from online.event_feed import send_events
 from online.item_feed import Deletion, send
@@ -70,7 +70,8 @@ def send_items(arguments: argparse.Namespace) -> str:
     for name in ("bid", "budget", "eligible"):
         if name in given and name not in items.column_names:
             items = items.append_column(name, pq.read_table(arguments.items, columns=[name])[name])
-    names = RuleNames.of(description, catalogue) if description.item_rules else NO_NAMES
+    scoring = release.manifest.scorer
+    names = RuleNames.of(description, catalogue, 0 if scoring is None else scoring.scalars)
     version = release.manifest.embedding_version
     with connect(arguments.redis_url) as client:
         for start in range(0, items.num_rows, arguments.batch):

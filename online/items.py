@@ -15,17 +15,16 @@ from numpy.typing import NDArray
 from model.config import TowerConfig
 from model.dataset import DatasetDescription
 from model.errors import DataError
-from model.features import Featuriser
 from model.item_index import ItemIndex
 from model.item_tower import ItemTower
-from model.live_search import Counted, LiveSearch
+from model.live_search import Counted, LiveSearch, ScalarCounting
 from model.records import Context, Id
 from model.retrieval import rules
 from model.retrieval.catalogue import NO_NAMES, RuleNames, catalogue_rows
 from model.retrieval.index import LiveIndex
 from model.retrieval.rows import FIELDS
 from model.retrieval.rules import Plan
-from model.retrieval.scorer import DotScorer
+from model.retrieval.scorer import DotScorer, InteractionScorer
 from online.errors import RequestError
 
 
@@ -51,12 +50,14 @@ NO_WISHES = Wishes()
 
 @dataclass(frozen=True, slots=True)
 class LiveModel:
-    """What a release with live item features scores by, besides its embeddings."""
+    """What a release that reads counts scores by, besides its embeddings: live item features or a scorer's scalars."""
 
     items: ItemTower
-    featuriser: Featuriser
     config: TowerConfig
+    """With the windows and the bucket to count by."""
     description: DatasetDescription
+    scorer: InteractionScorer | None = None
+    """Its scalars are what the counts are for; None: live item features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +89,25 @@ class ServedItems:
         self.live = live
         self.counted: Counted | None = None
         """Replaced by the event feed, never changed."""
-        self._search: LiveSearch | None = None
+        self._counting: LiveSearch | ScalarCounting | None = None
         if live is not None:
-            self._search = LiveSearch(live.items, live.config, device=index.device)
+            if live.scorer is None:
+                self._counting = LiveSearch(live.items, live.config, device=index.device)
+            else:
+                self._counting = ScalarCounting(live.config, index.device)
             self.count(_NO_EVENTS, _NO_EVENTS, _NO_EVENTS, len(index), since_us=0, until_us=0)
 
     @classmethod
     def of_snapshot(
         cls, snapshot: ItemIndex, *, description: DatasetDescription | None = None, catalogue: pa.Table | None = None,
-        live: LiveModel | None = None, device: str = "cpu",
+        live: LiveModel | None = None, scorer: InteractionScorer | None = None, device: str = "cpu",
     ) -> "ServedItems":  # fmt: skip
-        """An index of a snapshot's items; see `catalogue_rows`. Raises DataError."""
-        rows, names = catalogue_rows(snapshot, description, catalogue)
-        return cls(LiveIndex(rows, DotScorer(), device=device), names, live)
+        """An index of a snapshot's items; see `catalogue_rows`. scorer: the release's, None for the dot product.
+
+        Raises DataError, IndexMismatch.
+        """
+        rows, names = catalogue_rows(snapshot, description, catalogue, 0 if scorer is None else scorer.scalars)
+        return cls(LiveIndex(rows, DotScorer() if scorer is None else scorer, device=device), names, live)
 
     @property
     def embedding_version(self) -> str:
@@ -111,9 +118,9 @@ class ServedItems:
         self, user_P: NDArray[np.int64], item_P: NDArray[np.int64], time_us_P: NDArray[np.int64], num_rows: int, *,
         since_us: int, until_us: int, is_behind: bool = True,
     ) -> None:  # fmt: skip
-        """Put counts in the place of those there are; see `LiveSearch.counted`."""
-        assert self._search is not None, "counts are for releases with live features"
-        self.counted = self._search.counted(
+        """Put counts in the place of those there are; see `Counting.counted`."""
+        assert self._counting is not None, "counts are for releases that read them"
+        self.counted = self._counting.counted(
             user_P, item_P, time_us_P, num_rows, since_us=since_us, until_us=until_us, is_behind=is_behind
         )
 
@@ -126,23 +133,29 @@ class ServedItems:
         """
         request = self._request(wishes)
         version = self.embedding_version
-        counted, live = self.counted, self._search
-        if counted is None or live is None:
-            slates = self.index.search(embedding_E[None], [request], plan, version)
-            item_ids = slates.item_ids[0]
-            return Found(item_ids, slates.utility_BK[0, : len(item_ids)], version, slates.revision)
-        width = live.config.embedding_dim
-        user_V = torch.from_numpy(embedding_E) / live.temperature
+        counted, counting = self.counted, self._counting
         time_us = now_us if context.timestamp_us is None else context.timestamp_us
-        slates = self.index.search(
-            user_V[None, :width], [request], plan, version,
-            bonus=lambda num_rows: live.bonus(
-                counted, user_V[width:], context.session_events, time_us, num_rows, self.index.row_of
-            ),
-        )  # fmt: skip
+        if counted is None or counting is None:
+            slates = self.index.search(embedding_E[None], [request], plan, version)
+        elif isinstance(counting, ScalarCounting):
+            slates = self.index.search(
+                embedding_E[None], [request], plan, version,
+                scalars=lambda num_rows: counting.scalars(counted, time_us, num_rows),
+            )  # fmt: skip
+        else:
+            width = counting.config.embedding_dim
+            user_V = torch.from_numpy(embedding_E) / counting.temperature
+            slates = self.index.search(
+                user_V[None, :width], [request], plan, version,
+                bonus=lambda num_rows: counting.bonus(
+                    counted, user_V[width:], context.session_events, time_us, num_rows, self.index.row_of
+                ),
+            )  # fmt: skip
         item_ids = slates.item_ids[0]
-        is_behind = now_us - counted.until_us > live.config.live_bucket_s * 1_000_000 + MAX_LAG_US
         score_K = slates.utility_BK[0, : len(item_ids)]
+        if counted is None or counting is None:
+            return Found(item_ids, score_K, version, slates.revision)
+        is_behind = now_us - counted.until_us > counting.config.live_bucket_s * 1_000_000 + MAX_LAG_US
         return Found(item_ids, score_K, version, slates.revision, counted, counted.is_short or is_behind)
 
     def _request(self, wishes: Wishes) -> rules.Request:

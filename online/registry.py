@@ -13,6 +13,7 @@ from model.canary import canaries
 from model.errors import CheckpointError, GoldenMismatch, TowerError
 from model.item_index import ItemIndex, check_golden, has_snapshot, read_snapshot
 from model.release import Pointer, Registry, Release
+from model.retrieval.scalars import counting_config
 from online.head import ServingHead
 from online.items import LiveModel, ServedItems
 from online.residents import Head, Loaded, Manifest, ResidentSet, Role, resident_set
@@ -29,13 +30,20 @@ def load_release(
 
     device: of the index that will be made of its items.
     """
-    release = registry.load(release_id, parts=("head", "items"), replay=True)
-    description, config = release.manifest.description, release.manifest.config
+    release = registry.load(release_id, parts=("head", "items", "scorer"), replay=True)
+    description, config, scoring = release.manifest.description, release.manifest.config, release.manifest.scorer
+    scorer = None if scoring is None else release.scorer
+    live = None
+    if config.live_windows_h:
+        live = LiveModel(release.items, config, description)
+    elif scoring is not None and scoring.scalars:
+        live = LiveModel(release.items, counting_config(scoring, config), description, scorer)
     make_index = partial(
         ServedItems.of_snapshot,
         description=description,
         catalogue=registry.catalogue(release_id) if description.item_rules else None,
-        live=LiveModel(release.items, release.featuriser, config, description) if config.live_windows_h else None,
+        live=live,
+        scorer=scorer,
         device=device,
     )
     return Loaded(

@@ -31,9 +31,11 @@ class RuleNames:
     """By rule (category, country, language; main_category, advertiser): the value of each number. A rule without a
     column has none, and its numbers mean what the sender of rows says."""
     attributes: Sequence[str]
+    scalars: int = 0
+    """Of a row, where the release's scorer reads any; a server counts them and reads no others."""
 
     @classmethod
-    def of(cls, description: DatasetDescription, catalogue: pa.Table) -> Self:
+    def of(cls, description: DatasetDescription, catalogue: pa.Table, scalars: int = 0) -> Self:
         """catalogue: item_id and the declared item columns. Raises DataError where a bitmask has too many values."""
         values = {}
         for rule, column in description.item_rules.items():
@@ -46,7 +48,7 @@ class RuleNames:
                 raise DataError(
                     f"item_rules.{rule} may have at most {MAX_VALUES} values, column {column} has {len(values[rule])}"
                 )
-        return cls(values, tuple(description.item_rules.get("attributes", ())))
+        return cls(values, tuple(description.item_rules.get("attributes", ())), scalars)
 
     @cached_property
     def number_of(self) -> dict[str, dict[str, int]]:
@@ -57,7 +59,8 @@ class RuleNames:
         """Of this version's rows: one word a field at least."""
         words = [max(1, -(-len(self.values.get(name, ())) // WORD_BITS)) for name in FIELDS]
         return Layout(
-            embedding_dim=embedding_dim, attributes=len(self.attributes), words=(words[0], words[1], words[2])
+            embedding_dim=embedding_dim, scalars=self.scalars, attributes=len(self.attributes),
+            words=(words[0], words[1], words[2]),
         )  # fmt: skip
 
 
@@ -65,7 +68,10 @@ NO_NAMES = RuleNames({}, ())
 
 
 def catalogue_rows(
-    snapshot: ItemIndex, description: DatasetDescription | None = None, catalogue: pa.Table | None = None
+    snapshot: ItemIndex,
+    description: DatasetDescription | None = None,
+    catalogue: pa.Table | None = None,
+    scalars: int = 0,
 ) -> tuple[ItemRows, RuleNames]:
     """Rows of a snapshot in its order, and what their numbers stand for; see `rows_of_items`.
 
@@ -74,10 +80,11 @@ def catalogue_rows(
     """
     if description is None or not description.item_rules or catalogue is None:
         catalogue = pa.table({"item_id": snapshot.item_ids})
-        return rows_of_items(snapshot.embedding_version, catalogue, snapshot.item_NE, None, NO_NAMES), NO_NAMES
+        names = RuleNames({}, (), scalars)
+        return rows_of_items(snapshot.embedding_version, catalogue, snapshot.item_NE, None, names), names
     if not catalogue["item_id"].combine_chunks().equals(snapshot.item_ids):
         raise DataError("the catalogue and the item snapshot must hold the same items in the same order")
-    names = RuleNames.of(description, catalogue)
+    names = RuleNames.of(description, catalogue, scalars)
     return rows_of_items(snapshot.embedding_version, catalogue, snapshot.item_NE, description, names), names
 
 

@@ -17,7 +17,7 @@ in the order in which items came. Rebuild the index and swap it in to drop the r
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -311,11 +311,13 @@ class LiveIndex:
     def search(
         self, user_BE: NDArray[np.float32] | torch.Tensor, requests: Sequence[Request], plan: Plan,
         embedding_version: str, *, bonus: Callable[[int], torch.Tensor] | None = None,
+        scalars: Callable[[int], torch.Tensor] | None = None,
     ) -> Slates:  # fmt: skip
         """The slates of a batch, all of one revision.
 
         user_BE: float [B, E], made by a release of `embedding_version`. bonus: number of rows N to f32 [B, N] on the
-        index's device, what the request knows of items and no row holds; added to each score.
+        index's device, what the request knows of items and no row holds; added to each score. scalars: to f32 [N, S],
+        read in the place of those that rows hold.
         Raises IndexMismatch for users of another version, ShapeError, DataError.
         """
         check_version("a request", embedding_version, self.embedding_version)
@@ -329,6 +331,10 @@ class LiveIndex:
             table = pinned.table
             asked = Requests.build(requests, self.layout, lambda ids: self.rows_of(ids, table.count))
             columns, bonus_BN = table.used(), None if bonus is None else bonus(table.count)
+            if scalars is not None:
+                embedding_NE = columns.feature_NF[:, : self.layout.embedding_dim]
+                feature_NF = torch.cat([embedding_NE, scalars(table.count).to(embedding_NE.dtype)], dim=1)
+                columns = replace(columns, feature_NF=feature_NF)
             found = self.retrieval.search(columns, user_BE.to(table.device), asked.to(table.device), plan, bonus_BN)
             row_BK, utility_BK = found.row_BK.cpu().numpy(), found.utility_BK.cpu().numpy()
         ids = [[self._ids[row] for row in row_K.tolist() if row >= 0] for row_K in row_BK]

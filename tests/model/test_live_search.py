@@ -69,7 +69,7 @@ def test_it_is_the_catalogues_score(device):
         items.live.to(device)
         found = search.bonus(counted, psi, events, at_us, N, row_of).cpu()
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert len(counted.phi) <= KEPT_BUCKETS
+    assert len(counted.made) <= KEPT_BUCKETS
 
 
 def test_windows_move_on_where_the_log_does_not():
@@ -78,12 +78,12 @@ def test_windows_move_on_where_the_log_does_not():
     search = LiveSearch(items, CONFIG)
     later_us = START_US + 300 * MINUTE_US + 4 * 60 * MINUTE_US
     counted = search.counted(*log, N, since_us=START_US, until_us=later_us)
-    _, feature, _ = search._phi(counted, later_us)
+    _, feature, _ = search._at(counted, later_us)
     counts = np.bincount(log[1], minlength=N)[:N]
     assert (feature[:N, 0] == 0).all()
     assert (feature[:N, 2] == 0).all()
     np.testing.assert_allclose(feature[:N, 4].numpy(), np.log1p(counts), rtol=1e-6)
-    assert torch.equal(search._phi(counted, later_us + 999 * MINUTE_US)[1], feature), "no later than it was counted"
+    assert torch.equal(search._at(counted, later_us + 999 * MINUTE_US)[1], feature), "no later than it was counted"
 
 
 def test_a_later_row_is_an_item_without_events():

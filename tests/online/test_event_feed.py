@@ -52,7 +52,7 @@ def make_feed(
     release = registry.load(manifest.release_id)
     write_snapshot(registry, release)
     snapshot = read_snapshot(registry, manifest.embedding_version)
-    live = LiveModel(release.items, release.featuriser, CONFIG, manifest.description)
+    live = LiveModel(release.items, CONFIG, manifest.description)
     items = ServedItems.of_snapshot(snapshot, live=live)
     clock = clock or Clock()
     options = {"live_hours": 24.0, "max_events": 1000} | options

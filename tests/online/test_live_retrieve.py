@@ -12,12 +12,15 @@ import pytest
 import redis
 import torch
 
+from model.config import TowerConfig
 from model.item_index import write_snapshot
 from model.live_items import LiveCounts, LiveRequests, catalogue_logits
 from model.live_search import Counted
 from model.records import Context, Event
 from model.release import Registry, Release
 from model.retrieval.rows import ItemRows, Layout
+from model.retrieval.scalars import counting_config, item_scalars
+from model.retrieval.scorer import InteractionScorer, ScorerConfig
 from model.training.data import EventArrays
 from online.client import Retrieval
 from online.event_feed import STREAM, Reason, send_events
@@ -78,7 +81,7 @@ def make_events(count: int, *, seed: int = 0, from_us: int = AT_US - 5 * HOUR_US
     )
 
 
-def counts_of(release: Release, events: pa.Table) -> LiveCounts:
+def counts_of(release: Release, events: pa.Table, config: TowerConfig = CONFIG) -> LiveCounts:
     """As evaluation counts a log, of which duplicates are set aside."""
     first = {tuple(row.values()): n for n, row in reversed(list(enumerate(events.to_pylist())))}
     events = events.take(sorted(first.values()))
@@ -88,7 +91,7 @@ def counts_of(release: Release, events: pa.Table) -> LiveCounts:
         events = events.append_column(name, values)
     events = events.sort_by([("user_id", "ascending"), ("timestamp_us", "ascending"), ("order", "ascending")])
     description = release.manifest.description
-    return EventArrays.build(events.combine_chunks(), None, release.featuriser, description).live_counts(CONFIG)
+    return EventArrays.build(events.combine_chunks(), None, release.featuriser, description).live_counts(config)
 
 
 def offline_scores(release: Release, events: pa.Table, context: Context, at_us: int) -> np.ndarray[Any, Any]:
@@ -263,3 +266,61 @@ def test_an_item_that_came_later_is_counted_by_itself(
         # had: what the session holds loses as much, new or not
         had = client.retrieve(fresh_users(), replace(CONTEXTS[3], session_events=session(new[0])), k=52)
         assert set(new) <= set(had.item_ids)
+
+
+def test_a_trained_scorer_scores_with_the_counts_of_now(stream: redis.Redis, redis_server: str, tmp_path: Path) -> None:
+    """Probabilities of the release's scorer over embeddings and scalars, as evaluation makes them; new items too."""
+    tower, items = make_tower(seed=8)
+    scoring = ScorerConfig(hidden=(12, 8), windows_h=(0.5, 3.0), bucket_s=60)
+    scorer = InteractionScorer.of(scoring, SMALL.embedding_dim)
+    registry = Registry(tmp_path)
+    manifest = registry.write(tower, items, trained_until_us=1_600_000_000_000_000, scorer=(scoring, scorer.eval()))
+    registry.commit(manifest.release_id)
+    release = registry.load(manifest.release_id)
+    write_snapshot(registry, release)
+    events = make_events(400)
+    send_events(stream, events, since_us=AT_US - 5 * HOUR_US)
+    assert release.item_table is not None
+    count, version = release.featuriser.num_items, manifest.embedding_version
+    layout = Layout(embedding_dim=SMALL.embedding_dim, scalars=scoring.scalars)
+    send(stream, ItemRows.build(version, layout, [UNKNOWN + 700], release.item_table[3:4].numpy()))
+    config = counting_config(scoring, SMALL)
+    counts = counts_of(release, events, config)
+    context = CONTEXTS[0]
+    with torch.inference_mode():
+        user_1E = torch.from_numpy(release.embed(release.cold_state[None], [context], [None]))
+        bucket = counts.bucket(torch.tensor(AT_US))
+        scalar_NS = item_scalars(counts, torch.arange(count), bucket)
+        score_N = release.scorer(user_1E, torch.cat([release.item_table[:count], scalar_NS], 1))[0, 0].numpy()
+        without_N = release.scorer(user_1E, torch.cat([release.item_table[:count], 0 * scalar_NS], 1))[0, 0].numpy()
+        assert np.abs(without_N - score_N).max() > 1e-3, "scalars matter"
+        none_1S = item_scalars(counts, torch.tensor([counts.num_rows]), bucket)  # of no item
+        new = release.scorer(user_1E, torch.cat([release.item_table[3:4], none_1S], 1))[0, 0]
+    with serving(tmp_path, redis_server) as (_, client):
+        reply = client.retrieve(fresh_users(), context, k=60)
+        assert not reply.counts_are_short
+        assert len(reply.item_ids) == count + 1
+        wanted = {item: score_N[row] for row, item in enumerate(release.featuriser.item_ids.to_pylist())}
+        wanted[UNKNOWN + 700] = float(new)
+        np.testing.assert_allclose(reply.scores, [wanted[item] for item in reply.item_ids], atol=1e-6)
+        np.testing.assert_allclose(reply.scores, sorted(wanted.values(), reverse=True), atol=1e-6)
+
+
+def test_a_scorer_without_scalars_needs_no_events(redis_server: str, tmp_path: Path) -> None:
+    tower, items = make_tower(seed=8)
+    scoring = ScorerConfig(hidden=(12, 8))
+    scorer = InteractionScorer.of(scoring, SMALL.embedding_dim).eval()
+    registry = Registry(tmp_path)
+    manifest = registry.write(tower, items, trained_until_us=1_600_000_000_000_000, scorer=(scoring, scorer))
+    registry.commit(manifest.release_id)
+    release = registry.load(manifest.release_id)
+    write_snapshot(registry, release)
+    with serving(tmp_path, redis_server) as (server, client):
+        reply = client.retrieve(fresh_users(), CONTEXTS[0], k=50)
+        assert (reply.counts_until_us, reply.counts_are_short) == (0, False)
+        assert release.item_table is not None
+        user_1E = torch.from_numpy(release.embed(release.cold_state[None], [CONTEXTS[0]], [None]))
+        score_N = release.scorer(user_1E, release.item_table[:50])[0, 0].detach().numpy()
+        rows = [int(item) - 10 for item in reply.item_ids]
+        np.testing.assert_allclose(reply.scores, score_N[rows], atol=1e-6)
+        assert server.feeds._following[0].events is None
