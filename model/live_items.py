@@ -110,15 +110,19 @@ class LiveCounts:
         config: TowerConfig,
         *,
         bucket_s: int | None = None,
+        until_us: int | None = None,
     ) -> Self:
         """user_P, item_P, time_us_P: positive events, users one after another, each oldest event first.
 
-        item_P: in [0, num_rows). bucket_s: instead of the config's.
+        item_P: in [0, num_rows). bucket_s: instead of the config's. until_us: the latest time that can be asked for
+        without standing for the log's end, which it is where left out.
         """
         bucket_us = (bucket_s or config.live_bucket_s) * _SECOND_US
         origin_us = int(time_us_P.min()) // bucket_us * bucket_us if len(time_us_P) else 0
         bucket_P = (time_us_P - origin_us) // bucket_us
         span = int(bucket_P.max(initial=0)) + 2
+        if until_us is not None:
+            span = max(span, (until_us - origin_us) // bucket_us + 1)
         follows_P = np.zeros(len(user_P), bool)
         follows_P[1:] = (user_P[1:] == user_P[:-1]) & (np.diff(time_us_P) <= _FOLLOW_US)
         second = np.flatnonzero(follows_P)

@@ -499,6 +499,13 @@ class Registry:
                 raise GoldenMismatch(f"release {release_id} is refused: {report}")
         return release
 
+    def catalogue(self, release_id: str) -> pa.Table:
+        """item_id and the declared item columns, in the order of item rows; the file is held to its fingerprint.
+
+        Raises CheckpointError.
+        """
+        return pq.read_table(io.BytesIO(self._checked(self.manifest(release_id), "catalogue.parquet")))
+
     def _read(self, release_id: str, name: str) -> bytes:
         if not re.fullmatch(r"[\w.-]+", release_id) or release_id.startswith("."):
             raise CheckpointError(f"a release id holds letters, digits, '-', '_' and '.', got {release_id!r}")

@@ -1,6 +1,7 @@
 """Retrieval with its business rules in one graph: score, filter, utility, caps, exploration, top-k.
 
     rows.py       what an item of the index is, and its Parquet file
+    catalogue.py  rows of a release's catalogue, by the item columns its description names for rules
     rules.py      what one request wants, and the plan all requests of a batch share
     scorer.py     scores of all items: dot product, interaction MLP (folded, exact)
     scalars.py    counts that a trained scorer reads of an item; an index made of a release

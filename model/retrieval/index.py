@@ -15,9 +15,9 @@ in the order in which items came. Rebuild the index and swap it in to drop the r
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -201,9 +201,13 @@ class Retrieval(nn.Module):
         allowed_BN = self.allowed(columns, requests)
         return select(utility_BN, allowed_BN, groups_of(columns), requests.seed_B, plan, pool=pool, rounds=rounds)
 
-    def utilities(self, columns: Columns, user_BE: torch.Tensor, requests: Requests) -> torch.Tensor:
-        """f32 [B, N]: sum over tasks of weight * score, times bid ** bid_power."""
+    def utilities(
+        self, columns: Columns, user_BE: torch.Tensor, requests: Requests, bonus_BN: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """f32 [B, N]: sum over tasks of weight * score, times bid ** bid_power. bonus_BN: f32, added to each score."""
         score_BTN = self.scorer(user_BE, columns.feature_NF)
+        if bonus_BN is not None:
+            score_BTN = score_BTN + bonus_BN[:, None]
         if score_BTN.shape[1] != requests.weight_BT.shape[1]:
             raise ShapeError(
                 f"the scorer has {score_BTN.shape[1]} tasks, the requests weigh {requests.weight_BT.shape[1]}"
@@ -234,9 +238,13 @@ class Retrieval(nn.Module):
         place_X = requests.excluded_of_X * allowed_BN.shape[1] + requests.excluded_X
         return allowed_BN.flatten().index_fill(0, place_X, False).view_as(allowed_BN)
 
-    def search(self, columns: Columns, user_BE: torch.Tensor, requests: Requests, plan: Plan) -> Found:
+    def search(
+        self, columns: Columns, user_BE: torch.Tensor, requests: Requests, plan: Plan,
+        bonus_BN: torch.Tensor | None = None,
+    ) -> Found:  # fmt: skip
         """The exact slates, whatever pool it takes; scores are computed once. See `select.select_exactly`."""
-        utility_BN, allowed_BN = self.utilities(columns, user_BE, requests), self.allowed(columns, requests)
+        utility_BN = self.utilities(columns, user_BE, requests, bonus_BN)
+        allowed_BN = self.allowed(columns, requests)
         return select_exactly(utility_BN, allowed_BN, groups_of(columns), requests.seed_B, plan)
 
 
@@ -329,6 +337,11 @@ class LiveIndex:
             return int(pinned.table.is_there_N.sum())
 
     @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self._reading.table.device
+
+    @property
     def revision(self) -> int:
         """Updates applied."""
         return self._reading.revision
@@ -366,11 +379,14 @@ class LiveIndex:
 
     def search(
         self, user_BE: NDArray[np.float32] | torch.Tensor, requests: Sequence[Request], plan: Plan,
-        embedding_version: str,
+        embedding_version: str, *, bonus: Callable[[int], torch.Tensor] | None = None,
+        scalars: Callable[[int], torch.Tensor] | None = None,
     ) -> Slates:  # fmt: skip
         """The slates of a batch, all of one revision.
 
-        user_BE: float [B, E], made by a release of `embedding_version`.
+        user_BE: float [B, E], made by a release of `embedding_version`. bonus: number of rows N to f32 [B, N] on the
+        index's device, what the request knows of items and no row holds; added to each score. scalars: to f32 [N, S],
+        read in the place of those that rows hold.
         Raises IndexMismatch for users of another version, ShapeError, DataError.
         """
         check_version("a request", embedding_version, self.embedding_version)
@@ -383,10 +399,15 @@ class LiveIndex:
         with self.pin() as pinned, torch.inference_mode():
             table = pinned.table
             asked = Requests.build(requests, self.layout, lambda ids: self.rows_of(ids, table.count))
-            if self._searches is not None:
+            if self._searches is not None and bonus is None and scalars is None:
                 found = self._searches.search(table, user_BE, asked, plan)
             else:
-                found = self.retrieval.search(table.used(), user_BE.to(table.device), asked.to(table.device), plan)
+                columns, bonus_BN = table.used(), None if bonus is None else bonus(table.count)
+                if scalars is not None:
+                    embedding_NE = columns.feature_NF[:, : self.layout.embedding_dim]
+                    feature_NF = torch.cat([embedding_NE, scalars(table.count).to(embedding_NE.dtype)], dim=1)
+                    columns = replace(columns, feature_NF=feature_NF)
+                found = self.retrieval.search(columns, user_BE.to(table.device), asked.to(table.device), plan, bonus_BN)
             row_BK, utility_BK = found.row_BK.cpu().numpy(), found.utility_BK.cpu().numpy()
             lengths = found.length_B.tolist()
         ids = [
@@ -394,6 +415,14 @@ class LiveIndex:
             for row_K, length in zip(row_BK, lengths, strict=True)
         ]
         return Slates(ids, row_BK, utility_BK, self.embedding_version, pinned.revision)
+
+    def item_ids(self, start: int = 0, end: int | None = None) -> list[ItemId]:
+        """Ids of some rows, those of deleted items too, in the order of rows."""
+        return self._ids[start:end]
+
+    def row_of(self, item_id: ItemId) -> int | None:
+        """The row of an item, deleted or not, None where it never had one."""
+        return self._row_of.get(item_id)
 
     def rows_of(self, item_ids: Sequence[ItemId], count: int) -> list[int]:
         """Rows below count of those items that have one."""

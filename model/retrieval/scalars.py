@@ -33,7 +33,12 @@ def item_scalars(counts: LiveCounts, item: torch.Tensor, bucket: torch.Tensor) -
     window and for the whole past: log(1 + count) and log((1 + count) / (1 + count of all items)); then whether the item
     has had an event, and log(1 + buckets since the first); all divided by 4.
     """
-    return counts.item_features(item, bucket) / _SCALE
+    return scaled(counts.item_features(item, bucket))
+
+
+def scaled(feature: torch.Tensor) -> torch.Tensor:
+    """Scalars of `LiveCounts.item_features`."""
+    return feature / _SCALE
 
 
 def item_rows(release: Release, scalar_NS: torch.Tensor | None = None) -> ItemRows:
