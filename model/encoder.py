@@ -15,6 +15,7 @@ from model.config import TowerConfig
 from model.errors import ShapeError
 from model.features import GAP_BUCKETS, EventFeatures
 from model.item_tower import ItemEmbedder
+from model.kernels.causal_attention import causal_attention
 
 ROTARY_BASE = 10_000.0
 _FAR = -1e4  # in place of minus infinity where SiLU follows
@@ -74,14 +75,11 @@ def packed_causal_attention(
 ) -> torch.Tensor:
     """Softmax attention of each event to its user's events up to and including itself. Returns [T, h, d].
 
-    Half precision on CUDA takes the library's variable-length kernel. Elsewhere histories are laid out padded at
-    their end: a causal mask alone then keeps every real event from reading the padding.
+    Half precision on CUDA reads packed histories as they are (`model.kernels.causal_attention`). Elsewhere they are
+    laid out padded at their end: a causal mask alone then keeps every real event from reading the padding.
     """
-    if query_Thd.is_cuda and query_Thd.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn
-
-        lengths = (packing.offsets, packing.offsets, packing.longest, packing.longest)
-        return varlen_attn(query_Thd, key_Thd, value_Thd, *lengths, window_size=(-1, 0))  # type: ignore[return-value]
+    if query_Thd.is_cuda and query_Thd.dtype in (torch.bfloat16, torch.float16):
+        return causal_attention(query_Thd, key_Thd, value_Thd, packing.offsets, packing.longest)
     query, key, value = (_pad(x, packing) for x in (query_Thd, key_Thd, value_Thd))
     out_UhLd = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return out_UhLd[packing.user_T, :, packing.position_T]
