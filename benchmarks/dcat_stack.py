@@ -13,8 +13,8 @@ All arms are compiled, captured in CUDA graphs and timed in turn. Before that: o
 on a small case, and in bfloat16 at full size against a float32 run, where its error may be twice the rival's at most.
 
 Training: 4 layers of width 256, histories of 512 events, 16 candidates each; forward, backward, optimiser. The rival
-gives every candidate its own history (causal FlashAttention over packed sequences). Same weights, data and seed: the two
-loss curves may differ as much as the rival's own in bfloat16 and in float16 do.
+gives every candidate its own history (causal FlashAttention over packed sequences). Same weights, data and seed: the
+two loss curves may differ as much as the rival's own in bfloat16 and in float16 do.
 
 Legend: R requests, E events, T candidates, S events of a history, C candidates of a request, D channels, h heads,
 d channels of a head, L length of history and candidates.

@@ -20,7 +20,6 @@ from model.encoder import ROTARY_BASE, Block, Packing, packed_causal_attention, 
 from model.errors import ConfigError, ShapeError, StateMismatch
 from model.kernels.crossing_attention import check_offsets, crossing_attention
 
-
 QUANTISED_LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """Largest magnitude that each dtype of a quantised cache holds."""
 
@@ -136,7 +135,7 @@ def finish(block: Block, input_TD: torch.Tensor, attended_Thd: torch.Tensor) -> 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """One compiled form for all layers."""
-    return cast(Callable[..., Any], torch.compile(function))
+    return torch.compile(function)
 
 
 class CrossingLayer(nn.Module):

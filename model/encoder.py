@@ -273,15 +273,21 @@ class Encoder(nn.Module):
         packing = Packing.of(events.offsets, self.config.d_model // self.config.num_heads, events.time_us_T)
         return torch.cat([hidden_TD, self.latents(hidden_TD, packing).to(hidden_TD.dtype)], -1)
 
+    def embed(
+        self, item_T: torch.Tensor, type_T: torch.Tensor, gap_T: torch.Tensor, column_TC: torch.Tensor
+    ) -> torch.Tensor:
+        """Events before the first block, f32 [T, D]."""
+        event_TD: torch.Tensor = self.embedder(item_T) + self.type_embedding(type_T) + self.gap_embedding(gap_T)
+        for c, embedding in enumerate(self.column_embeddings):
+            event_TD = event_TD + embedding(column_TC[:, c])
+        return event_TD
+
     def with_keys_and_values(
         self, events: EventFeatures
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Hidden states [T, D], and each layer's keys and values, [T, h, d]."""
         packing = Packing.of(events.offsets, self.config.d_model // self.config.num_heads, events.time_us_T)
-        event_TD = self.embedder(events.item_T) + self.type_embedding(events.type_T) + self.gap_embedding(events.gap_T)
-        for c, embedding in enumerate(self.column_embeddings):
-            event_TD = event_TD + embedding(events.column_TC[:, c])
-        event_TD = self.dropout(event_TD)
+        event_TD = self.dropout(self.embed(events.item_T, events.type_T, events.gap_T, events.column_TC))
         keys_and_values = []
         for block in self.blocks:
             event_TD, kv = block(event_TD, packing)
