@@ -200,6 +200,7 @@ class Ours:
         return self.context.cross_packed(self.candidate_TD, self.candidates, cache)
 
 
+@torch.no_grad()
 def check_small() -> float:
     """Largest difference of the two passes from the undivided stack, in float64 on the CPU; asserts 1e-11."""
     shape = replace(QUICK_SERVING, layers=3, history=37, candidates=9, requests=3)

@@ -24,9 +24,12 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> tor
 
 
 def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor, slack: float = 1e-4) -> None:
-    """bfloat16 has 8 bits: one rounding is off by 2^-9 of the value at most."""
+    """bfloat16 has 8 bits: one rounding is off by 2^-8 of the value at most; the interpreter cuts off, 2^-7."""
     assert found.dtype == torch.bfloat16
-    assert bool(((found.double() - exact).abs() <= exact.abs() * 2**-8.9 + slack).all())
+    allowed = exact.abs() * 2 ** (-7.9 if found.is_cuda else -6.9) + slack
+    error = (found.double() - exact).abs()
+    worst = int((error - allowed).argmax()) if error.numel() else None
+    assert worst is None or bool((error <= allowed).all()), (found.flatten()[worst], exact.flatten()[worst])
 
 
 @pytest.mark.parametrize(("tokens", "depth", "columns"), [(70, 64, 192), (1, 64, 64), (128, 32, 100), (0, 64, 64)])
