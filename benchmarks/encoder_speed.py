@@ -36,7 +36,8 @@ from model.dataset import DatasetDescription
 from model.encoder import Block, Encoder, Packing
 from model.features import GAP_BUCKETS, EventFeatures, Vocabularies
 from model.hybrid_tower import HybridTower
-from model.packed_encoder import BATCH_TOKENS, Norm, PackedEncoder, plan_batches
+from model.kernels.packed_block import FUSED_WIDTHS, Head, Tail, between_products, between_reference
+from model.packed_encoder import BATCH_TOKENS, PackedEncoder, plan_batches
 
 THEME = "dcat"
 BUCKET_TOKENS = 131_072
@@ -79,6 +80,8 @@ class Size:
 
 
 SIZES = (Size(256, 4, 4, 2.0), Size(512, 8, 8, 1.6))
+FUSED_SETTINGS = ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 4, 1))
+"""Rows, chunk, warps and stages of the fused kernel that are tried."""
 QUICK = (Size(64, 2, 2, 2.0),)
 
 
@@ -222,7 +225,9 @@ def wall_ms(step: Step, device: torch.device, count: int) -> list[float]:
 
 
 @torch.inference_mode()
-def compare(size: Size, device: torch.device, repeats: int, *, is_quick: bool) -> dict[str, Any]:
+def compare(
+    size: Size, device: torch.device, repeats: int, chosen: Sequence[str] = ("",), *, is_quick: bool
+) -> dict[str, Any]:
     """Check, time in turn, print; the entry to record."""
     users, longest, items = (16, 64, 100) if is_quick else (1024, LONGEST, 50_000)
     length_U = lengths(users, longest)
@@ -236,14 +241,17 @@ def compare(size: Size, device: torch.device, repeats: int, *, is_quick: bool) -
     floor = size.floor_ms(length_U)
     print(f"{size.name}: {users} users, {int(length_U.sum())} events, floor {floor:.2f} ms", flush=True)
     arms: dict[str, tuple[Step, NDArray[np.int64]]] = {"ours": (lambda: ours.states(features), np.arange(users))}
-    for make in (rivals.packed, rivals.bucketed, rivals.padded_whole):
-        rival = make()
-        arms[rival.name] = rival.step, rival.order_U
+    for name, make in (("packed", rivals.packed), ("bucketed", rivals.bucketed), ("padded", rivals.padded_whole)):
+        if any(part in name for part in chosen):
+            rival = make()
+            arms[rival.name] = rival.step, rival.order_U
     errors = {}
     for name, (step, order_U) in arms.items():
         place_U = np.argsort(order_U)
         errors[name] = off(step()[torch.from_numpy(place_U[picked]).to(device)].cpu(), exact)
-    assert errors["ours"] <= max(2 * errors["packed, variable-length FlashAttention"], 1e-2), f"off by {errors['ours']}"
+    assert errors["ours"] <= max(2 * max(errors[name] for name in arms if name != "ours"), 1e-2), (
+        f"off by {errors['ours']}"
+    )
     alone = ours.states(events.window(events.offsets[picked], events.offsets[[u + 1 for u in picked]]).to(device))
     same = torch.equal(alone, ours.states(features)[picked])
     assert same or device.type == "cpu", "a user's state has other bits in other company"
@@ -273,31 +281,24 @@ def tune(size: Size, device: torch.device) -> None:
     encoder = size.encoder(LONGEST, 50_000)
     features = draw(length_U, 50_000).to(device)
     on_device = copy.deepcopy(encoder).to(device)
-    for tokens in (8192, 16384, 32768, 65536):
+    for tokens in (16384, 32768, 65536):
         packed = PackedEncoder(on_device, batch_tokens=tokens)
         packed.states(features)
         took = statistics.median(wall_ms(lambda packed=packed: packed.states(features), device, 7))  # type: ignore[misc]
         count = len(plan_batches(length_U, tokens))
-        (graph, _, _) = next(iter(packed._graphs.values()))
+        graph = next(iter(packed._graphs.values()))[0]
+        assert graph is not None
         replay = statistics.median(wall_ms(graph.replay, device, 15))
         print(
             f"{size.name} {tokens} a batch, {count} batches: {took:.2f} ms; {count} graphs {count * replay:.2f} ms",
             flush=True,
         )
     attention_pieces(size, length_U, device)
-    attention_pieces(size, length_U[plan_batches(length_U, BATCH_TOKENS)[10]], device)
-    width = size.width
-    norm = Norm(torch.ones(width, device=device), torch.zeros(width, device=device), 1e-5)
-    event_TD = torch.randn(BATCH_TOKENS, width, device=device).bfloat16()
-    report("norm", lambda: norm(event_TD), 0, None)
-    linear_pieces("qkv", size, 3 * width, width, device)
-    linear_pieces("out", size, width, width, device)
-    linear_pieces("ffn_in", size, 4 * width, width, device)
-    linear_pieces("ffn_out", size, width, 4 * width, device)
+    block_pieces(size, encoder.to(device), device)
 
 
 def attention_pieces(size: Size, length_U: NDArray[np.int64], device: torch.device) -> None:
-    """Histories' attention on several tiles, beside FlashAttention-2 and cuDNN."""
+    """Histories' attention on several tiles, beside FlashAttention-2."""
     from model.kernels.causal_attention_triton import CausalTiles, launch
 
     aten = torch.ops.aten
@@ -308,11 +309,10 @@ def attention_pieces(size: Size, length_U: NDArray[np.int64], device: torch.devi
     lengths = offsets, offsets, longest, longest
     steps: dict[str, Step] = {
         "FlashAttention-2": lambda: aten._flash_attention_forward(query, key, value, *lengths, 0.0, True, False)[0],
-        "cuDNN": lambda: aten._cudnn_attention_forward(query, key, value, None, *lengths, True, 0.0, True, False)[0],
     }
     for setting in (
         (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2),
-        (128, 64, 4, 3), (128, 32, 4, 3), (128, 32, 8, 3), (64, 128, 4, 2),
+        (128, 64, 4, 3), (128, 32, 4, 3), (128, 32, 8, 3),
     ):  # fmt: skip
         tiles = CausalTiles(*setting)
         steps[str(tiles)] = lambda tiles=tiles: launch(query, key, value, offsets, tiles)  # type: ignore[misc]
@@ -321,39 +321,32 @@ def attention_pieces(size: Size, length_U: NDArray[np.int64], device: torch.devi
         report(f"attention, {total} events, {name}", step, flops, exact)
 
 
-def linear_pieces(name: str, size: Size, columns: int, depth: int, device: torch.device) -> None:
-    """A linear layer of one batch on several tiles, beside cuBLAS."""
-    from model.kernels.fused_linear_triton import LinearTiles, linear_kernel, project_rotated_kernel
-
-    tokens = 16384
+def block_pieces(size: Size, encoder: Encoder, device: torch.device) -> None:
+    """What lies between two attentions, of one batch: by the library's products, and by the fused kernel."""
+    block = next(block for block in encoder.blocks if isinstance(block, Block))
+    tail, head = Tail.of(block, torch.bfloat16), Head.of(block, torch.bfloat16)
+    event_TD, attended_TD = torch.randn(2, BATCH_TOKENS, size.width, device=device).bfloat16()
     angle_Ld = rotary_angles(torch.arange(LONGEST), size.width // size.heads).to(device)
-    cos_Ld, sin_Ld = angle_Ld.cos(), angle_Ld.sin()
-    position_T = torch.arange(tokens, device=device) % LONGEST
-    x, weight, residual = (torch.randn(*shape, device=device).bfloat16()
-                           for shape in ((tokens, depth), (columns, depth), (tokens, columns)))  # fmt: skip
-    bias = torch.randn(columns, device=device)
-    half_bias, flops = bias.bfloat16(), 2 * tokens * columns * depth
-    report(f"{name}, cuBLAS alone", lambda: F.linear(x, weight, half_bias), flops, None)
-    report(f"{name}, cuBLAS with GELU", lambda: aten_gelu(half_bias, x, weight), flops, None)
+    position_T = torch.arange(BATCH_TOKENS, device=device) % LONGEST
+    arguments = event_TD, attended_TD, tail, head, position_T, angle_Ld.cos(), angle_Ld.sin()
+    flops = 24 * size.width**2 * BATCH_TOKENS
 
-    def step(tiles: LinearTiles | None = None) -> torch.Tensor:
-        if name == "qkv":
-            return project_rotated_kernel(x, weight, bias, position_T, cos_Ld, sin_Ld, tiles).flatten(1)
-        added = residual if name.endswith("out") else None
-        return linear_kernel(x, weight, bias, is_gelu=name == "ffn_in", residual=added, tiles=tiles)
+    def both(of: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
+        event_TD, projected = of(*arguments)
+        assert projected is not None
+        return torch.cat([event_TD, projected.flatten(1)], 1)
 
-    exact = step()
-    for setting in (
-        (128, 128, 64, 8, 3, 1), (128, 128, 64, 8, 4, 1), (128, 128, 64, 8, 2, 2), (128, 256, 64, 8, 3, 1),
-        (128, 256, 64, 8, 2, 1), (128, 128, 64, 4, 3, 1), (128, 64, 64, 4, 3, 2), (256, 128, 64, 8, 2, 1),
-        (128, 128, 128, 8, 2, 1),
-    ):  # fmt: skip
-        report(f"{name}, {setting}", lambda setting=setting: step(LinearTiles(*setting)), flops, exact)  # type: ignore[misc]
+    exact = both(between_reference)
+    report("between, products", lambda: between_products(*arguments)[0], flops, None)
+    print(f"  products off {off(both(between_products), exact.double()):.1e}", flush=True)
+    if size.width in FUSED_WIDTHS:
+        from model.kernels.packed_block_triton import between_kernel
 
-
-def aten_gelu(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """cuBLAS's product with its own GELU behind it."""
-    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        print(f"  fused off {off(both(between_kernel), exact.double()):.1e}", flush=True)
+        for rows, chunk, warps, stages in FUSED_SETTINGS:
+            settings = {"rows": rows, "chunk": chunk, "num_warps": warps, "num_stages": stages}
+            report(f"between, fused {tuple(settings.values())}",
+                   lambda settings=settings: between_kernel(*arguments, **settings)[0], flops, None)  # type: ignore[misc]  # fmt: skip
 
 
 def report(name: str, step: Step, flops: float, exact: torch.Tensor | None) -> None:
@@ -373,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.encoder_speed", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", default=[""], help="only sizes whose name contains one of these")
+    parser.add_argument("--rivals", nargs="+", default=[""], help="only rivals whose name contains one of these")
     parser.add_argument("--tune", action="store_true", help="print where the time goes; records nothing")
     parser.add_argument("--quick", action="store_true", help="tiny shapes; records nothing")
     parser.add_argument("--repeats", type=int, default=5)
@@ -389,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tune(size, device)
             continue
         with fixed_sizes():
-            entries.append(compare(size, device, 1 if args.quick else args.repeats, is_quick=args.quick))
+            entries.append(compare(size, device, 1 if args.quick else args.repeats, args.rivals, is_quick=args.quick))
         if device.type == "cuda":
             torch.cuda.empty_cache()
     for entry in entries:

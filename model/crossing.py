@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from model.encoder import ROTARY_BASE, Block, Packing, packed_causal_attention, rotate
 from model.errors import ConfigError, ShapeError, StateMismatch
 from model.kernels.crossing_attention import check_offsets, crossing_attention
+from model.kernels.packed_block import finish_products
 
 QUANTISED_LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """Largest magnitude that each dtype of a quantised cache holds."""
@@ -132,6 +133,15 @@ def finish(block: Block, input_TD: torch.Tensor, attended_Thd: torch.Tensor) -> 
     return cast(torch.Tensor, hidden_TD + block.dropout(fed_TD))
 
 
+def is_half(block: Block, input_TD: torch.Tensor) -> bool:
+    """Whether a block that does not drop out computes in bfloat16 or float16 throughout, without autocasting."""
+    return (
+        not block.training
+        and input_TD.dtype in (torch.bfloat16, torch.float16)
+        and block.out.weight.dtype == input_TD.dtype
+    )
+
+
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """One compiled form for all layers."""
@@ -143,11 +153,11 @@ class CrossingLayer(nn.Module):
 
     def __init__(self, block: Block, *, is_compiled: bool = False) -> None:
         """is_compiled: norms, rotations, activations and residuals are fused (torch.compile), which takes a while at
-        the first sizes they meet."""
+        the first sizes they meet; what lies behind attention is kernels of ours in half-precision inference."""
         super().__init__()
         if block.bias is not None:
             raise ConfigError("crossing needs blocks without a relative bias: their positions are rotary")
-        self.block = block
+        self.block, self.is_compiled = block, is_compiled
         parts: tuple[Callable[..., Any], ...] = (project, project_keys_and_values, finish)
         self._project, self._project_keys_and_values, self._finish = map(compiled, parts) if is_compiled else parts
 
@@ -155,7 +165,7 @@ class CrossingLayer(nn.Module):
         """The context pass of this layer: the events after the block, and keys and values."""
         query, key, value = self._project(self.block, event_ED, packing)
         attended_Ehd = packed_causal_attention(query, key, value, packing)
-        return self._finish(self.block, event_ED, attended_Ehd), (key, value)
+        return self._behind_attention(event_ED, attended_Ehd), (key, value)
 
     def read_keys_and_values(self, event_ED: torch.Tensor, packing: Packing) -> Pair:
         """Keys and values alone: all that candidates need of the last layer."""
@@ -176,7 +186,12 @@ class CrossingLayer(nn.Module):
             query, key, value, *keys_and_values, packing.offsets, history_offsets,
             tokens=tokens, longest_history=longest_history,
         )  # fmt: skip
-        return cast(torch.Tensor, self._finish(self.block, candidate_TD, attended_Thd))
+        return self._behind_attention(candidate_TD, attended_Thd)
+
+    def _behind_attention(self, input_TD: torch.Tensor, attended_Thd: torch.Tensor) -> torch.Tensor:
+        if self.is_compiled and input_TD.is_cuda and not torch.is_grad_enabled() and is_half(self.block, input_TD):
+            return finish_products(self.block, input_TD, attended_Thd.flatten(1))
+        return cast(torch.Tensor, self._finish(self.block, input_TD, attended_Thd))
 
 
 class ContextPass(nn.Module):

@@ -13,24 +13,30 @@ import torch
 import triton
 import triton.language as tl
 
+from model.errors import ConfigError
 from model.kernels.crossing_attention_triton import LOG2_E, _dot, _find_request
 
 
 @dataclass(frozen=True, slots=True)
 class CausalTiles:
-    """Sizes of the kernel's tiles; keys divide rows."""
+    """Sizes of the kernel's tiles: keys divide rows, else a block read without a mask would reach into the tile."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        if self.rows % self.keys:
+            raise ConfigError(f"keys must divide rows, got {self.keys} and {self.rows}")
+
 
 def choose_tiles(head_dim: int) -> CausalTiles:
-    """Tiles of a head."""
+    """Tiles of a head: at 64 channels the fastest of ten measured on an H100."""
     if head_dim == 128:
         return CausalTiles(128, 64, num_warps=8, num_stages=3)
-    return CausalTiles(128, 64, num_warps=8, num_stages=3)
+    return CausalTiles(64, 64, num_warps=4, num_stages=2)
 
 
 @torch.library.custom_op("hybrid_tower::causal_attention", mutates_args=())
