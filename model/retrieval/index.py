@@ -249,8 +249,13 @@ class LiveIndex:
         self, rows: ItemRows, scorer: nn.Module, *, capacity: int | None = None, dtype: torch.dtype = torch.float32,
         device: Any = "cpu",
     ) -> None:  # fmt: skip
-        """rows: the first items, in the order of their rows. capacity: rows there is room for; it grows by itself."""
+        """rows: the first items, in the order of their rows. capacity: rows there is room for; it grows by itself.
+
+        Raises IndexMismatch for a scorer that was loaded with a release of another embedding_version.
+        """
         self.embedding_version = rows.embedding_version
+        if (version := getattr(scorer, "embedding_version", None)) is not None:
+            check_version("a scorer", version, self.embedding_version)
         self.layout = rows.layout
         self.retrieval = Retrieval(rows.layout, scorer).to(device).eval()
         room = max(len(rows), capacity or 0, 1)
