@@ -80,6 +80,10 @@ class Size:
 
 
 SIZES = (Size(256, 4, 4, 2.0), Size(512, 8, 8, 1.6))
+ATTENTION_SETTINGS = (
+    (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3),
+)  # fmt: skip
+"""Rows, keys, warps and stages of the attention kernel that are tried."""
 FUSED_SETTINGS = ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 4, 1))
 """Rows, chunk, warps and stages of the fused kernel that are tried."""
 QUICK = (Size(64, 2, 2, 2.0),)
@@ -293,32 +297,30 @@ def tune(size: Size, device: torch.device) -> None:
             f"{size.name} {tokens} a batch, {count} batches: {took:.2f} ms; {count} graphs {count * replay:.2f} ms",
             flush=True,
         )
-    attention_pieces(size, length_U, device)
     block_pieces(size, encoder.to(device), device)
+    for heads in (size.heads, size.heads // 2, 2 * size.heads):
+        attention_pieces(size.width, heads, length_U, device)
 
 
-def attention_pieces(size: Size, length_U: NDArray[np.int64], device: torch.device) -> None:
+def attention_pieces(width: int, heads: int, length_U: NDArray[np.int64], device: torch.device) -> None:
     """Histories' attention on several tiles, beside FlashAttention-2."""
     from model.kernels.causal_attention_triton import CausalTiles, launch
 
     aten = torch.ops.aten
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(length_U)])).to(device, torch.int32)
     total, longest = int(offsets[-1]), int(length_U.max())
-    query, key, value = torch.randn(total, 3, size.heads, size.width // size.heads, device=device).bfloat16().unbind(1)
-    flops = 4 * size.width * int((length_U * (length_U + 1) // 2).sum())
+    query, key, value = torch.randn(total, 3, heads, width // heads, device=device).bfloat16().unbind(1)
+    flops = 4 * width * int((length_U * (length_U + 1) // 2).sum())
     lengths = offsets, offsets, longest, longest
     steps: dict[str, Step] = {
         "FlashAttention-2": lambda: aten._flash_attention_forward(query, key, value, *lengths, 0.0, True, False)[0],
     }
-    for setting in (
-        (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2),
-        (128, 64, 4, 3), (128, 32, 4, 3), (128, 32, 8, 3),
-    ):  # fmt: skip
+    for setting in ATTENTION_SETTINGS:
         tiles = CausalTiles(*setting)
         steps[str(tiles)] = lambda tiles=tiles: launch(query, key, value, offsets, tiles)  # type: ignore[misc]
     exact = next(iter(steps.values()))()
     for name, step in steps.items():
-        report(f"attention, {total} events, {name}", step, flops, exact)
+        report(f"attention, heads of {width // heads}, {name}", step, flops, exact)
 
 
 def block_pieces(size: Size, encoder: Encoder, device: torch.device) -> None:

@@ -172,8 +172,7 @@ def _between_kernel(
         normed_MD = _moved(normed_MD, out + at, is_row[:, None])
         hidden_MD += tl.load(up_bias + channel_D)[None, :]
         for start in range(0, HIDDEN, CHUNK):
-            fed_MC = _dot(normed_MD, tl.trans(in_weight.load([start, 0])), tl.zeros([ROWS, CHUNK], tl.float32))
-            fed_MC = _gelu(fed_MC + tl.load(in_bias + start + tl.arange(0, CHUNK))[None, :]).to(dtype)
+            fed_MC = _gelu(_projected(normed_MD, in_weight, in_bias, start, ROWS, CHUNK)).to(dtype)
             hidden_MD = _dot(fed_MC, tl.trans(up_weight.load([0, start])), hidden_MD)
         tl.store(out + at, hidden_MD.to(dtype), is_row[:, None])
     else:
@@ -184,18 +183,29 @@ def _between_kernel(
         normed_MD = _moved(normed_MD, qkv_at + channel_D[None, :], is_row[:, None])
         pair_C = tl.arange(0, CHUNK // 2)
         place_M = tl.load(position + row_M, is_row, 0)
-        for start in range(0, 3 * D, CHUNK):
-            read_MC = _dot(normed_MD, tl.trans(qkv_weight.load([start, 0])), tl.zeros([ROWS, CHUNK], tl.float32))
-            read_MC += tl.load(qkv_bias + start + tl.arange(0, CHUNK))[None, :]
-            if start < 2 * D:
+        angle_at = place_M[:, None] * HALF + (pair_C % HALF)[None, :]
+        cos_MC = tl.load(cos + angle_at)
+        sin_MC = tl.load(sin + angle_at)
+        for start in range(0, 2 * D, CHUNK):  # queries and keys
+            read_MC = _projected(normed_MD, qkv_weight, qkv_bias, start, ROWS, CHUNK)
+            if CHUNK % (2 * HALF):  # else every chunk is of whole heads, whose angles are the same
                 angle_at = place_M[:, None] * HALF + ((start // 2 + pair_C) % HALF)[None, :]
                 cos_MC = tl.load(cos + angle_at)
                 sin_MC = tl.load(sin + angle_at)
-                first, second = tl.split(tl.reshape(read_MC, [ROWS, CHUNK // 2, 2]))
-                read_MC = tl.reshape(
-                    tl.join(first * cos_MC - second * sin_MC, first * sin_MC + second * cos_MC), [ROWS, CHUNK]
-                )
-            tl.store(qkv_at + (start + tl.arange(0, CHUNK))[None, :], read_MC.to(dtype), is_row[:, None])
+            first, second = tl.split(tl.reshape(read_MC, [ROWS, CHUNK // 2, 2]))
+            turned = tl.join(first * cos_MC - second * sin_MC, first * sin_MC + second * cos_MC)
+            read_MC = tl.reshape(turned, [ROWS, CHUNK]).to(dtype)
+            tl.store(qkv_at + (start + tl.arange(0, CHUNK))[None, :], read_MC, is_row[:, None])
+        for start in range(2 * D, 3 * D, CHUNK):  # values
+            read_MC = _projected(normed_MD, qkv_weight, qkv_bias, start, ROWS, CHUNK).to(dtype)
+            tl.store(qkv_at + (start + tl.arange(0, CHUNK))[None, :], read_MC, is_row[:, None])
+
+
+@triton.jit
+def _projected(input_MD, weight, bias, start, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """A chunk of a linear layer's channels, f32 [M, C]."""
+    out_MC = _dot(input_MD, tl.trans(weight.load([start, 0])), tl.zeros([ROWS, CHUNK], tl.float32))
+    return out_MC + tl.load(bias + start + tl.arange(0, CHUNK))[None, :]
 
 
 @triton.jit

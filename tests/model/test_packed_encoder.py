@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.errors import ConfigError, ShapeError
-from model.packed_encoder import PackedEncoder, plan_batches
+from model.packed_encoder import PackedEncoder, lay_out, plan_batches
 from tests.model.test_encoder import make_features
 from tests.releases import SMALL, make_tower
 
@@ -46,6 +46,14 @@ def test_a_history_goes_where_it_leaves_the_least_room() -> None:
     """12; 9 + 7; then 5 in a batch of its own; 3 and 1 to the 12, where they leave the least room."""
     found = plan_batches(np.array([5, 1, 12, 7, 3, 9]), 16)
     assert [batch.tolist() for batch in found] == [[2, 4, 1], [5, 3], [0]]
+
+
+def test_users_are_laid_out_where_their_events_are() -> None:
+    """Events of the users begin at 0, 5, 6 and 18; the first batch holds users 2 and 1, the second 0 and 3."""
+    offsets, begins, outs = lay_out(np.array([5, 1, 12, 7]), [np.array([2, 1]), np.array([0, 3])], 3)
+    assert offsets.tolist() == [[0, 12, 13, 13], [0, 5, 12, 12]]
+    assert begins.tolist() == [[6, 5, 0], [0, 18, 0]]
+    assert outs.tolist() == [3, 1, 0, 4]
 
 
 def test_every_user_is_in_one_batch_and_none_is_too_full() -> None:

@@ -1,6 +1,6 @@
 """A block between two attentions, and causal attention, against plain PyTorch in float64."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,7 +10,15 @@ from model.config import TowerConfig
 from model.crossing import finish, project, rotary_angles
 from model.encoder import Block, Packing, packed_causal_attention
 from model.errors import ConfigError, ShapeError
-from model.kernels.packed_block import Head, Tail, adjacent, between, between_reference
+from model.kernels.packed_block import (
+    Head,
+    Tail,
+    adjacent,
+    between,
+    between_products,
+    between_reference,
+    finish_products,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from model.kernels.causal_attention import causal_attention_reference
@@ -52,15 +60,17 @@ def assert_close(found: torch.Tensor, exact: torch.Tensor, slack: float) -> None
     found, exact = found.detach(), exact.detach()
     error = (found.double() - exact).abs()
     assert found.dtype == torch.bfloat16
-    assert error.norm() <= ROUNDING * exact.norm() + 1e-9
+    assert error.norm() <= 8e-3 * exact.norm() + 1e-9
     assert bool((error <= exact.abs() * ROUNDING + slack).all()), float((error - exact.abs() * ROUNDING).max())
 
 
 @pytest.mark.parametrize(("width", "heads"), [(64, 2), (64, 1), (128, 2)])
 @pytest.mark.parametrize("has_tail", [False, True])
 @pytest.mark.parametrize("has_head", [False, True])
-@pytest.mark.parametrize("is_kernel", [False, True])
-def test_between_is_what_two_blocks_do(width: int, heads: int, has_tail: bool, has_head: bool, is_kernel: bool) -> None:
+@pytest.mark.parametrize("way", [between_reference, between_kernel, between_products])
+def test_between_is_what_two_blocks_do(
+    width: int, heads: int, has_tail: bool, has_head: bool, way: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+) -> None:
     one, two = make_blocks(width, heads)
     packing, cos_Ld, sin_Ld = make_packing([20, 1, 24], width // heads)
     event_TD, attended_TD = draw(45, width), draw(45, width, seed=1)
@@ -68,16 +78,24 @@ def test_between_is_what_two_blocks_do(width: int, heads: int, has_tail: bool, h
     tail = Tail.of(one, torch.bfloat16) if has_tail else None
     head = Head.of(two, torch.bfloat16) if has_head else None
     arguments = event_TD, attended_TD if has_tail else None, tail, head, packing.position_T, cos_Ld, sin_Ld
-    found_TD, found = between_kernel(*arguments, **SMALL) if is_kernel else between_reference(*arguments)
-    assert_close(found_TD, exact_TD, 4e-2 if is_kernel else 1e-4)
+    found_TD, found = way(*arguments, **SMALL) if way is between_kernel else way(*arguments)
+    is_rounded_within = way is not between_reference
+    assert_close(found_TD, exact_TD, 4e-2 if is_rounded_within else 1e-4)
     if not has_head:
         assert found is None
         return
     assert found is not None
     query, key, value = project(two, exact_TD, packing)
-    slack = 6e-2 if is_kernel else 1e-4
+    slack = 6e-2 if is_rounded_within else 1e-4
     for mine, theirs in ((unpaired(found[:, 0]), query), (unpaired(found[:, 1]), key), (found[:, 2], value)):
         assert_close(mine, theirs, slack)
+
+
+def test_a_block_behind_its_attention_by_products() -> None:
+    block = make_blocks(96, 3)[0]
+    event_TD, attended_TD = draw(45, 96), draw(45, 96, seed=1)
+    exact_TD = finish(block, event_TD.double(), attended_TD.double())
+    assert_close(finish_products(block.bfloat16(), event_TD, attended_TD), exact_TD, 4e-2)
 
 
 def test_add_and_norm() -> None:
