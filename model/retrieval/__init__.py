@@ -6,6 +6,7 @@
     scalars.py    counts that a trained scorer reads of an item; an index made of a release
     select.py     from utilities to slates, exact greedy semantics without a loop over items
     index.py      the catalogue as buffers, live updates, snapshots, whole indices swapped
+    fused.py      on a GPU: a batch as one CUDA graph of few kernels
     shards.py     what local top-k per shard would have answered, and the dial to the global one
     two_level.py  catalogues beyond one exact pass: int8 codes first, then the exact rows of what survives
     reference.py  all of it in NumPy and float64, as loops one can read: the definition
