@@ -15,7 +15,7 @@ on, which are always enough, since floor((a + c) / size) - floor(a / size) + 1 >
 Legend: as in crossing_attention; M rows (tokens) of a tile, N events of a block, G chunks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -171,6 +171,14 @@ def backward(
     num_tokens, heads, channels = query.shape
     key_heads, requests = key_self.shape[1], len(candidate_offsets) - 1
     out_gradient = _rows_apart(out_gradient)
+    if query.is_cuda and replace(tiles, is_split=None) == choose_tiles(channels, query.dtype):
+        from model.kernels import crossing_attention_gluon_backward as hopper
+
+        if hopper.is_supported(query, history_key, history_value, out_gradient):
+            return hopper.backward(
+                out_gradient, query, key_self, value_self, history_key, history_value, candidate_offsets,
+                history_offsets, out, lse, tokens=tokens,
+            )  # fmt: skip
     gradients = tuple(
         torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for x in (query, key_self, value_self, history_key, history_value)
