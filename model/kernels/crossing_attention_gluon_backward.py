@@ -1,15 +1,16 @@
 """Gradients of crossing attention on Hopper: warp-specialised Gluon kernels fed by the tensor memory accelerator.
 
-Four launches, none of which waits for the host:
-- `_plan_kernel` lists the tiles of all requests, those of the most work first.
-- `_own_kernel` does what is a candidate's alone: delta (output times its gradient, summed over channels), the gradients
-  of its own keys and values, and its own scores' gradients.
+Three launches, none of which waits for the host:
+- `_prepare_kernel` lists the tiles of all requests, those of the most work first, and does what is a candidate's alone:
+  delta (output times its gradient, summed over channels), the gradients of its own keys and values, and its own scores'
+  gradients.
 - `_query_kernel` reads the history for tiles of 128 tokens, `_history_kernel` the tokens for blocks of 128 events.
 
 The last two are alike: one program a multiprocessor takes item after item of the plan. One of its warps copies tiles
 into shared memory, some ahead; two groups of four warps, of 64 rows each, multiply. All that stands on the left of a
 product is in registers or stays in shared memory: no score passes through shared memory, nothing is added atomically,
-and every sum has one order.
+and every sum has one order. The next item's tiles and entry of the plan come while this one's are multiplied; results
+leave in pieces of 16 bytes a thread.
 
 A copied block may reach into the next request. Scores of such events are masked; tokens beyond a request have an
 infinite denominator, for which the statistics of a request are laid out in whole tiles (`padded` rows a head: request
@@ -33,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from model.kernels.crossing_attention_triton import LOG2_E, _find_request
+from model.kernels.crossing_attention_triton import LOG2_E
 
 TILE = 128
 """Tokens or events of an item, half of them for each group of warps."""
@@ -56,17 +57,14 @@ class Pipeline:
     left_in_registers: bool
     """Whether the item's own two tiles are read into registers at once, or stay in shared memory."""
     item_stages: int
-    """Items whose own tiles may wait: 2 where they stay, so that the next item's come meanwhile."""
-    is_delayed: bool = True
-    """Whether products with the shares of a tile run beside the scores of the next, which takes more registers (for
-    gradients of queries always)."""
+    """Items whose own tiles may wait."""
 
 
 def choose_pipelines(head_dim: int) -> tuple[Pipeline, Pipeline]:
     """Of gradients of queries, and of the history."""
     if head_dim == 64:
         return Pipeline(64, 4, True, 1), Pipeline(64, 4, True, 1)
-    return Pipeline(64, 3, False, 2), Pipeline(64, 2, False, 2, is_delayed=False)
+    return Pipeline(64, 4, False, 1), Pipeline(64, 3, False, 1)
 
 
 def is_supported(
@@ -112,14 +110,12 @@ def backward(
     plan = torch.empty(slots + len(history_key) // TILE + requests, _ENTRY, dtype=torch.int32, device=query.device)
     counts = torch.empty(2, dtype=torch.int32, device=query.device)
     statistics = lse.new_empty(2 + tokens, heads * padded)
-    _plan_kernel[(requests, 2)](
-        candidate_offsets, history_offsets, plan, counts, requests, slots, BLOCK=256, num_warps=4
-    )
-    part = 32
-    _own_kernel[(slots * (TILE // part) * key_heads,)](
+    part = 2048 // channels
+    _prepare_kernel[(2 * requests + slots * (TILE // part) * key_heads,)](
         query, query.stride(0), out_gradient, out_gradient.stride(0), key_self, value_self, key_self.stride(0),
-        value_self.stride(0), candidate_offsets, out, lse, statistics, key_self_g, value_self_g,
-        key_heads, group, scale, requests, padded, heads * padded, TOKENS=tokens, ROWS=part, D=channels, num_warps=4,
+        value_self.stride(0), candidate_offsets, history_offsets, out, lse, statistics, key_self_g, value_self_g,
+        plan, counts, key_heads, group, scale, requests, slots,
+        TOKENS=tokens, ROWS=part, D=channels, BLOCK=256, num_warps=4,
     )  # fmt: skip
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     query_desc, gradient_desc = (_rows_desc(x, TILE // 2) for x in (query, out_gradient))
@@ -137,8 +133,7 @@ def backward(
         query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, history_key_g, history_value_g,
         plan[slots:], counts, key_heads, group, scale, padded,
         D=channels, M=of_history.block, STAGES=of_history.stages, ITEM_STAGES=of_history.item_stages,
-        LEFT_IN_REGISTERS=of_history.left_in_registers, IS_DELAYED=of_history.is_delayed, num_warps=4,
-        maxnreg=_REGISTERS,
+        LEFT_IN_REGISTERS=of_history.left_in_registers, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
     return query_g, key_self_g, value_self_g, history_key_g, history_value_g
 
@@ -155,17 +150,34 @@ def _line_desc(x: torch.Tensor, length: int) -> TensorDescriptor:
     return TensorDescriptor(x, [len(x)], [1], [length], gl.NVMMASharedLayout(0, 32, rank=1))
 
 
+@triton.jit(do_not_specialize=["key_heads", "group", "requests", "slots"])
+def _prepare_kernel(
+    query, query_stride, out_gradient, out_gradient_stride, key_self, value_self, key_self_stride, value_self_stride,
+    candidate_offsets, history_offsets, out, lse, statistics, key_gradient, value_gradient, plan, counts,
+    key_heads, group, scale, requests, slots,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The plan, two programs a request, and what is a candidate's alone, a program for each part of a tile and key head."""
+    program = tl.program_id(0)
+    if program < 2 * requests:
+        _plan(candidate_offsets, history_offsets, plan, counts, program // 2, program % 2, requests, slots, BLOCK)
+    else:
+        _own_gradients(
+            query, query_stride, out_gradient, out_gradient_stride, key_self, value_self, key_self_stride,
+            value_self_stride, candidate_offsets, out, lse, statistics, key_gradient, value_gradient,
+            program - 2 * requests, key_heads, group, scale, requests, slots * _TILE, TOKENS, ROWS, D, BLOCK,
+        )  # fmt: skip
+
+
 @triton.jit
-def _plan_kernel(
-    candidate_offsets, history_offsets, plan, counts, requests, slots, BLOCK: tl.constexpr
+def _plan(
+    candidate_offsets, history_offsets, plan, counts, request, of_history, requests, slots, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Entries of one request's tiles: of tokens for gradients of queries (0), of events for those of the history (1).
 
     Requests of the most work a tile come first, equal ones in their order. An entry: first row of the tile, end of the
     request's rows, begin and number of the rows that it reads, and the row in the padded statistics.
     """
-    request = tl.program_id(0)
-    of_history = tl.program_id(1)
     own = candidate_offsets
     other = history_offsets
     if of_history:
@@ -188,23 +200,24 @@ def _plan_kernel(
         total += tl.sum(tiles)
     if request == 0:
         tl.store(counts + of_history, total)
-    candidates_begin = tl.load(candidate_offsets + request)
-    padded_row = (candidates_begin // _TILE + request) * _TILE
-    at = plan + (of_history * slots + position) * _ENTRY_SIZE
-    for first in tl.range(begin, end, _TILE):
-        tl.store(at, first)
-        tl.store(at + 1, end)
-        tl.store(at + 2, other_begin)
-        tl.store(at + 3, work)
-        tl.store(at + 4, tl.where(of_history != 0, padded_row, padded_row + first - begin))
-        at += _ENTRY_SIZE
+    padded_row = (tl.load(candidate_offsets + request) // _TILE + request) * _TILE
+    for first in tl.range(begin, end, _TILE * BLOCK):
+        tile = tl.arange(0, BLOCK)
+        row = first + tile * _TILE
+        is_tile = row < end
+        at = plan + (of_history * slots + position + (first - begin) // _TILE + tile) * _ENTRY_SIZE
+        tl.store(at, row, is_tile)
+        tl.store(at + 1, end, is_tile)
+        tl.store(at + 2, other_begin, is_tile)
+        tl.store(at + 3, work, is_tile)
+        tl.store(at + 4, tl.where(of_history != 0, padded_row, padded_row + row - begin), is_tile)
 
 
 @triton.jit
-def _own_kernel(
+def _own_gradients(
     query, query_stride, out_gradient, out_gradient_stride, key_self, value_self, key_self_stride, value_self_stride,
-    candidate_offsets, out, lse, statistics, key_gradient, value_gradient, key_heads, group, scale, requests, padded,
-    plane, TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    candidate_offsets, out, lse, statistics, key_gradient, value_gradient, program, key_heads, group, scale, requests,
+    padded, TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a part of a tile's own keys and values, and the statistics of its tokens.
 
@@ -212,10 +225,16 @@ def _own_kernel(
     delta (0 there), and of the candidate's tokens up to this one the gradients of the scores, before scaling.
     """
     parts: tl.constexpr = _TILE // ROWS
-    key_head = tl.program_id(0) % key_heads
-    part = tl.program_id(0) // key_heads % parts
-    slot = tl.program_id(0) // key_heads // parts
-    request = _find_request(candidate_offsets, requests, slot, _TILE)
+    key_head = program % key_heads
+    part = program // key_heads % parts
+    slot = program // key_heads // parts
+    plane = (key_heads * group).to(tl.int64) * padded
+    # The slot's request is the last r with offsets[r] // _TILE + r <= slot; all are looked at, at once.
+    request = slot * 0 - 1
+    for start in tl.range(0, requests, BLOCK):
+        r = start + tl.arange(0, BLOCK)
+        is_begun = (r < requests) & (tl.load(candidate_offsets + r, r < requests, 0) // _TILE + r <= slot)
+        request += tl.sum(is_begun.to(tl.int32))
     begin = tl.load(candidate_offsets + request)
     end = tl.load(candidate_offsets + request + 1)
     first = begin + (slot - begin // _TILE - request) * _TILE
@@ -262,6 +281,24 @@ def _own_kernel(
         tl.store(value_gradient + at, value_result.to(value_gradient.dtype.element_ty), is_row)
 
 
+@gluon.jit
+def _load_entry(plan, item, items, heads):
+    """First row, end, begin of the rows read, their number, and padded row of an item (of the last item beyond it)."""
+    at = plan + gl.minimum(item, items - 1) // heads * _ENTRY_SIZE
+    return gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4)
+
+
+@gluon.jit
+def _store_rows(target, result_d, first, end, heads, head, W: gl.constexpr, D: gl.constexpr):
+    """Writes 64 rows of a head, those before the end, to [rows, heads, D], 16 bytes a thread."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    result_d = gl.convert_layout(result_d.to(target.dtype.element_ty), layout)
+    row = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    channel_d = gl.arange(0, D, gl.SliceLayout(0, layout))
+    at = target + (first.to(gl.int64) * heads + head) * D
+    gl.store(at + (row[:, None] * (heads * D) + channel_d[None, :]), result_d, (first + row < end)[:, None])
+
+
 # Gradients of queries
 
 
@@ -277,10 +314,7 @@ def _query_producer(
     number = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         item_number = item // gl.num_programs(0)
-        at = plan + item // heads * _ENTRY_SIZE
-        first = gl.load(at)
-        history_begin = gl.load(at + 2)
-        length = gl.load(at + 3)
+        first, _, history_begin, length, _ = _load_entry(plan, item, items, heads)
         head = item % heads
         stage = item_number % ITEM_STAGES
         mbarrier.wait(item_free.index(stage), (item_number // ITEM_STAGES & 1) ^ 1)
@@ -328,16 +362,21 @@ def _query_consumer(
     channel_d = gl.arange(0, D, gl.SliceLayout(0, layout))
     column_N = gl.arange(0, N, gl.SliceLayout(0, score_layout))
     nothing = gl.zeros([64, N], gl.float32, score_layout)
+    plane = plane.to(gl.int64)
     items = gl.load(counts) * heads
+    next_first, next_end, _, next_length, next_padded_row = _load_entry(plan, gl.program_id(0), items, heads)
     number = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         item_number = item // gl.num_programs(0)
-        at = plan + item // heads * _ENTRY_SIZE
-        first = gl.load(at)
-        end = gl.load(at + 1)
-        length = gl.load(at + 3)
+        first = next_first
+        end = next_end
+        length = next_length
+        padded_row = next_padded_row
+        next_first, next_end, _, next_length, next_padded_row = _load_entry(
+            plan, item + gl.num_programs(0), items, heads
+        )
         head = item % heads
-        statistics_at = statistics + head.to(gl.int64) * padded + gl.load(at + 4)
+        statistics_at = statistics + head.to(gl.int64) * padded + padded_row
         lse_M = gl.load(statistics_at + row_M)
         delta_M = gl.load(statistics_at + plane + row_M)
         # The candidate's own tokens, up to the query's.
@@ -411,12 +450,10 @@ def _query_consumer(
             number += 1
         if not LEFT_IN_REGISTERS:
             mbarrier.arrive(item_free.index(item_stage), count=1)
-        gradient_at = query_gradient + (first.to(gl.int64) * heads + head) * D
-        offset = own_row_M[:, None] * (heads * D) + channel_d[None, :]
-        gl.store(gradient_at + offset, (result * scale).to(dtype), is_row_M[:, None])
+        _store_rows(query_gradient, result * scale, first, end, heads, head, W, D)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["heads", "group"])
 def _query_kernel(
     query_desc, gradient_desc, key_desc, value_desc, statistics, key_self, key_self_stride, query_gradient,
     plan, counts, heads, group, scale, padded, plane,
@@ -489,11 +526,7 @@ def _history_producer(
     number = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         item_number = item // gl.num_programs(0)
-        at = plan + item // key_heads * _ENTRY_SIZE
-        first = gl.load(at)
-        begin = gl.load(at + 2)
-        rows = gl.load(at + 3)
-        padded_row = gl.load(at + 4)
+        first, _, begin, rows, padded_row = _load_entry(plan, item, items, key_heads)
         key_head = item % key_heads
         stage = item_number % ITEM_STAGES
         mbarrier.wait(item_free.index(stage), (item_number // ITEM_STAGES & 1) ^ 1)
@@ -525,7 +558,7 @@ def _history_producer(
 def _history_consumer(
     key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale,
     W: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, ITEM_STAGES: gl.constexpr,
-    LEFT_IN_REGISTERS: gl.constexpr, IS_DELAYED: gl.constexpr,
+    LEFT_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of 64 events an item: dV = P^T dO, dK = dS^T Q, all scores with events as rows."""
     query_buffers, gradient_buffers, lse_buffers, delta_buffers, key_buffers, value_buffers = buffers
@@ -536,17 +569,16 @@ def _history_consumer(
     left: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
     score_left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     column: gl.constexpr = gl.SliceLayout(0, score_layout)
-    row_N = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    channel_d = gl.arange(0, D, gl.SliceLayout(0, layout))
     nothing = gl.zeros([64, M], gl.float32, score_layout)
     items = gl.load(counts + 1) * key_heads
+    next_first, next_end, _, next_rows, _ = _load_entry(plan, gl.program_id(0), items, key_heads)
     number = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         item_number = item // gl.num_programs(0)
-        at = plan + item // key_heads * _ENTRY_SIZE
-        first = gl.load(at)
-        end = gl.load(at + 1)
-        tiles = gl.cdiv(gl.load(at + 3), M) * group
+        first = next_first
+        end = next_end
+        tiles = gl.cdiv(next_rows, M) * group
+        next_first, next_end, _, next_rows, _ = _load_entry(plan, item + gl.num_programs(0), items, key_heads)
         key_head = item % key_heads
         key_result = gl.zeros([64, D], gl.float32, layout)
         value_result = gl.zeros([64, D], gl.float32, layout)
@@ -558,8 +590,9 @@ def _history_consumer(
             key_Nd = key_Nd.load(left)
             value_Nd = value_Nd.load(left)
             mbarrier.arrive(item_free.index(item_stage), count=1)
-        if not IS_DELAYED:
-            for _ in range(tiles):
+        if D > 64:
+            if tiles > 0:
+                # Registers are short: of a tile's two products with shares only the key's waits for the next scores.
                 stage = number % STAGES
                 phase = number // STAGES & 1
                 mbarrier.wait(query_ready.index(stage), phase)
@@ -574,19 +607,51 @@ def _history_consumer(
                 score_NM = warpgroup_mma_wait(1, deps=[score])
                 share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
                 share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
+                through_NM = warpgroup_mma_wait(0, deps=[through])
                 value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
                 delta_M = delta_buffers.index(stage).load(column)
-                through_NM = warpgroup_mma_wait(1, deps=[through])
                 score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
-                score_gradient_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
-                key_product = warpgroup_mma(score_gradient_NM, query_buffers.index(stage), key_result, is_async=True)
-                value_result = warpgroup_mma_wait(1, deps=[value_product])
+                value_result = warpgroup_mma_wait(0, deps=[value_product])
                 mbarrier.arrive(gradient_free.index(stage), count=1)
+                score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
+                for _ in range(1, tiles):
+                    last = stage
+                    number += 1
+                    stage = number % STAGES
+                    phase = number // STAGES & 1
+                    mbarrier.wait(query_ready.index(stage), phase)
+                    mbarrier.wait(gradient_ready.index(stage), phase)
+                    score = warpgroup_mma(
+                        key_Nd, query_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+                    )
+                    through = warpgroup_mma(
+                        value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+                    )
+                    key_product = warpgroup_mma(
+                        score_gradient_left_NM, query_buffers.index(last), key_result, is_async=True
+                    )
+                    lse_M = lse_buffers.index(stage).load(column)
+                    score_NM = warpgroup_mma_wait(2, deps=[score])
+                    share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
+                    through_NM, key_result = warpgroup_mma_wait(0, deps=[through, key_product])
+                    mbarrier.arrive(query_free.index(last), count=1)
+                    share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
+                    value_product = warpgroup_mma(
+                        share_left_NM, gradient_buffers.index(stage), value_result, is_async=True
+                    )
+                    delta_M = delta_buffers.index(stage).load(column)
+                    score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
+                    value_result = warpgroup_mma_wait(0, deps=[value_product])
+                    mbarrier.arrive(gradient_free.index(stage), count=1)
+                    score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
+                key_product = warpgroup_mma(
+                    score_gradient_left_NM, query_buffers.index(stage), key_result, is_async=True
+                )
                 key_result = warpgroup_mma_wait(0, deps=[key_product])
                 mbarrier.arrive(query_free.index(stage), count=1)
                 number += 1
         elif tiles > 0:
-            # As above, but that the products with a tile's shares are waited for only after the next one's scores.
+            # Both products with a tile's shares run beside the next one's scores.
             stage = number % STAGES
             phase = number // STAGES & 1
             mbarrier.wait(query_ready.index(stage), phase)
@@ -645,19 +710,16 @@ def _history_consumer(
             number += 1
         if not LEFT_IN_REGISTERS:
             mbarrier.arrive(item_free.index(item_stage), count=1)
-        is_event = (first + row_N < end)[:, None]
-        offset = row_N[:, None] * (key_heads * D) + channel_d[None, :]
-        begin = (first.to(gl.int64) * key_heads + key_head) * D
-        gl.store(value_gradient + begin + offset, value_result.to(dtype), is_event)
-        gl.store(key_gradient + begin + offset, (key_result * scale).to(dtype), is_event)
+        _store_rows(value_gradient, value_result, first, end, key_heads, key_head, W, D)
+        _store_rows(key_gradient, key_result * scale, first, end, key_heads, key_head, W, D)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["key_heads", "group"])
 def _history_kernel(
     query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, key_gradient, value_gradient,
     plan, counts, key_heads, group, scale, padded,
     D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, ITEM_STAGES: gl.constexpr,
-    LEFT_IN_REGISTERS: gl.constexpr, IS_DELAYED: gl.constexpr,
+    LEFT_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the history: items of 128 events of one request and key head, over its tokens in order."""
     dtype: gl.constexpr = query_desc.dtype
@@ -689,14 +751,14 @@ def _history_kernel(
                 _history_consumer,
                 (
                     key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale,
-                    0, D, M, STAGES, ITEM_STAGES, LEFT_IN_REGISTERS, IS_DELAYED,
+                    0, D, M, STAGES, ITEM_STAGES, LEFT_IN_REGISTERS,
                 ),
             ),
             (
                 _history_consumer,
                 (
                     key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale,
-                    1, D, M, STAGES, ITEM_STAGES, LEFT_IN_REGISTERS, IS_DELAYED,
+                    1, D, M, STAGES, ITEM_STAGES, LEFT_IN_REGISTERS,
                 ),
             ),
             (
