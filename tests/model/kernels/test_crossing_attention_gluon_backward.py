@@ -1,4 +1,4 @@
-"""Gradients of crossing attention on Hopper: the plan and the candidates' own part anywhere, the whole on such a GPU."""
+"""Gradients of crossing attention on Hopper: plan and the candidates' own part anywhere, the whole on such a GPU."""
 
 import itertools
 from dataclasses import replace
@@ -39,7 +39,7 @@ def prepare(case: Case, inputs: list[torch.Tensor], out: torch.Tensor, lse: torc
     counts = plan.new_empty(2)
     statistics = lse.new_full((2 + case.tokens, case.heads * slots * hopper.TILE), float("nan"))
     gradients = torch.full_like(key_self, float("nan")), torch.full_like(value_self, float("nan"))
-    rows = 2048 // case.head_dim
+    rows = 1024 // case.head_dim
     hopper._prepare_kernel[(2 * requests + slots * (hopper.TILE // rows) * case.key_heads,)](
         query, query.stride(0), out_gradient, out_gradient.stride(0), key_self, value_self, key_self.stride(0),
         value_self.stride(0), *offsets, out, lse, statistics, *gradients, plan, counts, case.key_heads,
@@ -49,8 +49,7 @@ def prepare(case: Case, inputs: list[torch.Tensor], out: torch.Tensor, lse: torc
     return [x.cpu() for x in (plan, counts, statistics, *gradients)]
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("number", range(len(RAGGED)))
+@pytest.mark.parametrize(("number", "head_dim"), [(0, 64), (1, 64), (2, 128), (3, 64), (4, 64)])
 def test_own_part_and_statistics(number: int, head_dim: int) -> None:
     """Own gradients; for each request whole tiles of denominators and delta; scores' gradients that complete dQ."""
     case = replace(RAGGED[number], head_dim=head_dim)
