@@ -700,13 +700,14 @@ def _history_consumer(
             value_result = warpgroup_mma_wait(0, deps=[value_product])
             mbarrier.arrive(gradient_free.index(stage), count=1)
             score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
-            for _ in range(1, tiles):
+            following = number + 1
+            phase = following // STAGES & 1
+            mbarrier.wait(query_ready.index(following % STAGES), phase, pred=tiles > 1)
+            mbarrier.wait(gradient_ready.index(following % STAGES), phase, pred=tiles > 1)
+            for tile in range(1, tiles):
                 last = stage
                 number += 1
                 stage = number % STAGES
-                phase = number // STAGES & 1
-                mbarrier.wait(query_ready.index(stage), phase)
-                mbarrier.wait(gradient_ready.index(stage), phase)
                 score = warpgroup_mma(
                     key_Nd, query_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
                 )
@@ -719,12 +720,17 @@ def _history_consumer(
                 lse_M = lse_buffers.index(stage).load(column)
                 score_NM = warpgroup_mma_wait(2, deps=[score])
                 share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
+                # As above, waits for the next tile that keep the arithmetic beside the products.
+                following = number + 1
+                phase = following // STAGES & 1
+                mbarrier.wait(query_ready.index(following % STAGES), phase, pred=tile + 1 < tiles)
                 through_NM, key_result = warpgroup_mma_wait(0, deps=[through, key_product])
                 mbarrier.arrive(query_free.index(last), count=1)
                 share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
                 value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
                 delta_M = delta_buffers.index(stage).load(column)
                 score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
+                mbarrier.wait(gradient_ready.index(following % STAGES), phase, pred=tile + 1 < tiles)
                 value_result = warpgroup_mma_wait(0, deps=[value_product])
                 mbarrier.arrive(gradient_free.index(stage), count=1)
                 score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
