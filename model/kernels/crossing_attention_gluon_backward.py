@@ -720,15 +720,15 @@ def _history_consumer(
                 lse_M = lse_buffers.index(stage).load(column)
                 score_NM = warpgroup_mma_wait(2, deps=[score])
                 share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
+                share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
+                value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
+                delta_M = delta_buffers.index(stage).load(column)
                 # As above, waits for the next tile that keep the arithmetic beside the products.
                 following = number + 1
                 phase = following // STAGES & 1
                 mbarrier.wait(query_ready.index(following % STAGES), phase, pred=tile + 1 < tiles)
-                through_NM, key_result = warpgroup_mma_wait(0, deps=[through, key_product])
+                through_NM, key_result = warpgroup_mma_wait(1, deps=[through, key_product])
                 mbarrier.arrive(query_free.index(last), count=1)
-                share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
-                value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
-                delta_M = delta_buffers.index(stage).load(column)
                 score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
                 mbarrier.wait(gradient_ready.index(following % STAGES), phase, pred=tile + 1 < tiles)
                 value_result = warpgroup_mma_wait(0, deps=[value_product])
