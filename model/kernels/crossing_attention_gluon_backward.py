@@ -530,14 +530,13 @@ def _history_producer(
         item_number = item // gl.num_programs(0)
         first, _, begin, rows, padded_row = _load_entry(plan, item, items, key_heads)
         key_head = item % key_heads
-        if rows > 0:  # those without work come last: consumers do not wait for them
-            stage = item_number % ITEM_STAGES
-            mbarrier.wait(item_free.index(stage), (item_number // ITEM_STAGES & 1) ^ 1)
-            mbarrier.expect(item_ready.index(stage), 4 * key_desc.block_type.nbytes)
-            for w in gl.static_range(2):
-                at_row = [first + w * 64, key_head * D]
-                _copy(key_desc, at_row, item_ready.index(stage), key_buffers.index(stage * 2 + w))
-                _copy(value_desc, at_row, item_ready.index(stage), value_buffers.index(stage * 2 + w))
+        stage = item_number % ITEM_STAGES
+        mbarrier.wait(item_free.index(stage), (item_number // ITEM_STAGES & 1) ^ 1)
+        mbarrier.expect(item_ready.index(stage), 4 * key_desc.block_type.nbytes)
+        for w in gl.static_range(2):
+            at_row = [first + w * 64, key_head * D]
+            _copy(key_desc, at_row, item_ready.index(stage), key_buffers.index(stage * 2 + w))
+            _copy(value_desc, at_row, item_ready.index(stage), value_buffers.index(stage * 2 + w))
         for member in range(group):
             head = key_head * group + member
             line = head * padded + padded_row
@@ -574,111 +573,87 @@ def _history_consumer(
     column: gl.constexpr = gl.SliceLayout(0, score_layout)
     nothing = gl.zeros([64, M], gl.float32, score_layout)
     items = gl.load(counts + 1) * key_heads
-    item = gl.program_id(0)
-    first, end, _, rows, _ = _load_entry(plan, item, items, key_heads)
-    tiles = gl.cdiv(rows, M) * group
-    item_number = 0
+    next_first, next_end, _, next_rows, _ = _load_entry(plan, gl.program_id(0), items, key_heads)
     number = 0
-    key_result = gl.zeros([64, D], gl.float32, layout)
-    value_result = gl.zeros([64, D], gl.float32, layout)
-    if LEFT_IN_REGISTERS:
-        # One loop over all tiles of all items: both products with a tile's shares run beside the next one's scores.
-        has_work = (item < items) & (tiles > 0)
-        if has_work:
-            next_first, next_end, _, next_rows, _ = _load_entry(plan, item + gl.num_programs(0), items, key_heads)
-            mbarrier.wait(item_ready.index(0), 0)
-            key_Nd = key_buffers.index(W).load(left)
-            value_Nd = value_buffers.index(W).load(left)
-            mbarrier.arrive(item_free.index(0), count=1)
-            mbarrier.wait(query_ready.index(0), 0)
-            score = warpgroup_mma(key_Nd, query_buffers.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(gradient_ready.index(0), 0)
-            through = warpgroup_mma(
-                value_Nd, gradient_buffers.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True
-            )
-            lse_M = lse_buffers.index(0).load(column)
-            delta_M = delta_buffers.index(0).load(column)
-            score_NM, through_NM = warpgroup_mma_wait(0, deps=[score, through])
-            share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
-            score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
-            share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
-            score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
-            tile = 0
-            while (tile + 1 < tiles) | ((item + gl.num_programs(0) < items) & (next_rows > 0)):
-                is_last = tile + 1 == tiles
-                if is_last:
-                    item_number += 1
-                    item_stage = item_number % ITEM_STAGES
-                    mbarrier.wait(item_ready.index(item_stage), item_number // ITEM_STAGES & 1)
-                    key_Nd = key_buffers.index(item_stage * 2 + W).load(left)
-                    value_Nd = value_buffers.index(item_stage * 2 + W).load(left)
-                    mbarrier.arrive(item_free.index(item_stage), count=1)
-                last = number % STAGES
-                number += 1
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        item_number = item // gl.num_programs(0)
+        first = next_first
+        end = next_end
+        tiles = gl.cdiv(next_rows, M) * group
+        next_first, next_end, _, next_rows, _ = _load_entry(plan, item + gl.num_programs(0), items, key_heads)
+        key_head = item % key_heads
+        key_result = gl.zeros([64, D], gl.float32, layout)
+        value_result = gl.zeros([64, D], gl.float32, layout)
+        item_stage = item_number % ITEM_STAGES
+        mbarrier.wait(item_ready.index(item_stage), item_number // ITEM_STAGES & 1)
+        key_Nd = key_buffers.index(item_stage * 2 + W)
+        value_Nd = value_buffers.index(item_stage * 2 + W)
+        if LEFT_IN_REGISTERS:
+            key_Nd = key_Nd.load(left)
+            value_Nd = value_Nd.load(left)
+            mbarrier.arrive(item_free.index(item_stage), count=1)
+        if D > 64:
+            if tiles > 0:
+                # Registers are short: of a tile's two products with shares only the key's waits for the next scores.
                 stage = number % STAGES
                 phase = number // STAGES & 1
                 mbarrier.wait(query_ready.index(stage), phase)
-                mbarrier.wait(gradient_ready.index(stage), phase)
                 score = warpgroup_mma(
                     key_Nd, query_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
                 )
+                mbarrier.wait(gradient_ready.index(stage), phase)
                 through = warpgroup_mma(
                     value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
                 )
-                value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(last), value_result, is_async=True)
-                key_product = warpgroup_mma(
-                    score_gradient_left_NM, query_buffers.index(last), key_result, is_async=True
-                )
                 lse_M = lse_buffers.index(stage).load(column)
-                score_NM = warpgroup_mma_wait(3, deps=[score])
+                score_NM = warpgroup_mma_wait(1, deps=[score])
                 share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
-                # These waits are for the next tile; their branches keep the arithmetic beside the products in flight.
-                following = number + 1
-                phase = following // STAGES & 1
-                is_inside = tile + 2 < tiles
-                mbarrier.wait(query_ready.index(following % STAGES), phase, pred=is_inside)
-                delta_M = delta_buffers.index(stage).load(column)
-                through_NM = warpgroup_mma_wait(2, deps=[through])
-                score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
-                mbarrier.wait(gradient_ready.index(following % STAGES), phase, pred=is_inside)
-                value_result, key_result = warpgroup_mma_wait(0, deps=[value_product, key_product])
-                mbarrier.arrive(gradient_free.index(last), count=1)
-                mbarrier.arrive(query_free.index(last), count=1)
                 share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
+                through_NM = warpgroup_mma_wait(0, deps=[through])
+                value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
+                delta_M = delta_buffers.index(stage).load(column)
+                score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
+                value_result = warpgroup_mma_wait(0, deps=[value_product])
+                mbarrier.arrive(gradient_free.index(stage), count=1)
                 score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
-                tile += 1
-                if is_last:
-                    key_head = item % key_heads
-                    _store_rows(value_gradient, value_result, first, end, key_heads, key_head, W, D)
-                    _store_rows(key_gradient, key_result * scale, first, end, key_heads, key_head, W, D)
-                    key_result = gl.zeros([64, D], gl.float32, layout)
-                    value_result = gl.zeros([64, D], gl.float32, layout)
-                    tile = 0
-                    item += gl.num_programs(0)
-                    first = next_first
-                    end = next_end
-                    tiles = gl.cdiv(next_rows, M) * group
-                    next_first, next_end, _, next_rows, _ = _load_entry(
-                        plan, item + gl.num_programs(0), items, key_heads
+                for _ in range(1, tiles):
+                    last = stage
+                    number += 1
+                    stage = number % STAGES
+                    phase = number // STAGES & 1
+                    mbarrier.wait(query_ready.index(stage), phase)
+                    mbarrier.wait(gradient_ready.index(stage), phase)
+                    score = warpgroup_mma(
+                        key_Nd, query_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
                     )
-            last = number % STAGES
-            value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(last), value_result, is_async=True)
-            key_product = warpgroup_mma(score_gradient_left_NM, query_buffers.index(last), key_result, is_async=True)
-            value_result, key_result = warpgroup_mma_wait(0, deps=[value_product, key_product])
-            key_head = item % key_heads
-            _store_rows(value_gradient, value_result, first, end, key_heads, key_head, W, D)
-            _store_rows(key_gradient, key_result * scale, first, end, key_heads, key_head, W, D)
-            item += gl.num_programs(0)
-    else:
-        while (item < items) & (tiles > 0):
-            next_first, next_end, _, next_rows, _ = _load_entry(plan, item + gl.num_programs(0), items, key_heads)
-            key_result = gl.zeros([64, D], gl.float32, layout)
-            value_result = gl.zeros([64, D], gl.float32, layout)
-            item_stage = item_number % ITEM_STAGES
-            mbarrier.wait(item_ready.index(item_stage), item_number // ITEM_STAGES & 1)
-            key_Nd = key_buffers.index(item_stage * 2 + W)
-            value_Nd = value_buffers.index(item_stage * 2 + W)
-            # Registers are short: of a tile's two products with shares only the key's waits for the next scores.
+                    through = warpgroup_mma(
+                        value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+                    )
+                    key_product = warpgroup_mma(
+                        score_gradient_left_NM, query_buffers.index(last), key_result, is_async=True
+                    )
+                    lse_M = lse_buffers.index(stage).load(column)
+                    score_NM = warpgroup_mma_wait(2, deps=[score])
+                    share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
+                    through_NM, key_result = warpgroup_mma_wait(0, deps=[through, key_product])
+                    mbarrier.arrive(query_free.index(last), count=1)
+                    share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
+                    value_product = warpgroup_mma(
+                        share_left_NM, gradient_buffers.index(stage), value_result, is_async=True
+                    )
+                    delta_M = delta_buffers.index(stage).load(column)
+                    score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
+                    value_result = warpgroup_mma_wait(0, deps=[value_product])
+                    mbarrier.arrive(gradient_free.index(stage), count=1)
+                    score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
+                key_product = warpgroup_mma(
+                    score_gradient_left_NM, query_buffers.index(stage), key_result, is_async=True
+                )
+                key_result = warpgroup_mma_wait(0, deps=[key_product])
+                mbarrier.arrive(query_free.index(stage), count=1)
+                number += 1
+        elif tiles > 0:
+            # Both products with a tile's shares run beside the next one's scores.
             stage = number % STAGES
             phase = number // STAGES & 1
             mbarrier.wait(query_ready.index(stage), phase)
@@ -690,15 +665,11 @@ def _history_consumer(
                 value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
             lse_M = lse_buffers.index(stage).load(column)
-            score_NM = warpgroup_mma_wait(1, deps=[score])
-            share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
-            share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
-            through_NM = warpgroup_mma_wait(0, deps=[through])
-            value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
             delta_M = delta_buffers.index(stage).load(column)
+            score_NM, through_NM = warpgroup_mma_wait(0, deps=[score, through])
+            share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
             score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
-            value_result = warpgroup_mma_wait(0, deps=[value_product])
-            mbarrier.arrive(gradient_free.index(stage), count=1)
+            share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
             score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
             following = number + 1
             phase = following // STAGES & 1
@@ -714,45 +685,35 @@ def _history_consumer(
                 through = warpgroup_mma(
                     value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
                 )
+                value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(last), value_result, is_async=True)
                 key_product = warpgroup_mma(
                     score_gradient_left_NM, query_buffers.index(last), key_result, is_async=True
                 )
                 lse_M = lse_buffers.index(stage).load(column)
-                score_NM = warpgroup_mma_wait(2, deps=[score])
+                score_NM = warpgroup_mma_wait(3, deps=[score])
                 share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
-                share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
-                value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
-                delta_M = delta_buffers.index(stage).load(column)
-                # As above, waits for the next tile that keep the arithmetic beside the products.
                 following = number + 1
                 phase = following // STAGES & 1
                 mbarrier.wait(query_ready.index(following % STAGES), phase, pred=tile + 1 < tiles)
-                through_NM, key_result = warpgroup_mma_wait(1, deps=[through, key_product])
-                mbarrier.arrive(query_free.index(last), count=1)
+                delta_M = delta_buffers.index(stage).load(column)
+                through_NM = warpgroup_mma_wait(2, deps=[through])
                 score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
                 mbarrier.wait(gradient_ready.index(following % STAGES), phase, pred=tile + 1 < tiles)
-                value_result = warpgroup_mma_wait(0, deps=[value_product])
-                mbarrier.arrive(gradient_free.index(stage), count=1)
+                value_result, key_result = warpgroup_mma_wait(0, deps=[value_product, key_product])
+                mbarrier.arrive(gradient_free.index(last), count=1)
+                mbarrier.arrive(query_free.index(last), count=1)
+                share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
                 score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
+            value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
             key_product = warpgroup_mma(score_gradient_left_NM, query_buffers.index(stage), key_result, is_async=True)
-            key_result = warpgroup_mma_wait(0, deps=[key_product])
+            value_result, key_result = warpgroup_mma_wait(0, deps=[value_product, key_product])
+            mbarrier.arrive(gradient_free.index(stage), count=1)
             mbarrier.arrive(query_free.index(stage), count=1)
             number += 1
+        if not LEFT_IN_REGISTERS:
             mbarrier.arrive(item_free.index(item_stage), count=1)
-            key_head = item % key_heads
-            _store_rows(value_gradient, value_result, first, end, key_heads, key_head, W, D)
-            _store_rows(key_gradient, key_result * scale, first, end, key_heads, key_head, W, D)
-            item_number += 1
-            item += gl.num_programs(0)
-            first = next_first
-            end = next_end
-            tiles = gl.cdiv(next_rows, M) * group
-    # Requests without candidates come last in the plan.
-    nothing_Nd = gl.zeros([64, D], gl.float32, layout)
-    for empty_item in range(item, items, gl.num_programs(0)):
-        first, end, _, _, _ = _load_entry(plan, empty_item, items, key_heads)
-        _store_rows(value_gradient, nothing_Nd, first, end, key_heads, empty_item % key_heads, W, D)
-        _store_rows(key_gradient, nothing_Nd, first, end, key_heads, empty_item % key_heads, W, D)
+        _store_rows(value_gradient, value_result, first, end, key_heads, key_head, W, D)
+        _store_rows(key_gradient, key_result * scale, first, end, key_heads, key_head, W, D)
 
 
 @gluon.jit(do_not_specialize=["key_heads", "group"])
