@@ -9,8 +9,8 @@ Three launches, none of which waits for the host:
 The last two are alike: one program a multiprocessor takes item after item of the plan. One of its warps copies tiles
 into shared memory, some ahead; two groups of four warps, of 64 rows each, multiply. All that stands on the left of a
 product is in registers or stays in shared memory: no score passes through shared memory, nothing is added atomically,
-and every sum has one order. The next item's tiles and entry of the plan come while this one's are multiplied; results
-leave in pieces of 16 bytes a thread.
+and every sum has one order. The next item's entry of the plan, and of 64 channels its own tiles, come while this one's
+are multiplied; results leave in pieces of 16 bytes a thread.
 
 A copied block may reach into the next request. Scores of such events are masked; tokens beyond a request have an
 infinite denominator, for which the statistics of a request are laid out in whole tiles (`padded` rows a head: request
