@@ -15,7 +15,7 @@ on, which are always enough, since floor((a + c) / size) - floor(a / size) + 1 >
 Legend: as in crossing_attention; M rows (tokens) of a tile, N events of a block, G chunks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -179,6 +179,14 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Gradients of query, own keys and values, history keys and values."""
     out_gradient = _rows_apart(out_gradient)
+    if query.is_cuda and replace(tiles, is_split=None) == choose_tiles(query.shape[-1], query.dtype):
+        from model.kernels import crossing_attention_gluon_backward as hopper
+
+        if hopper.is_supported(query, history_key, history_value, out_gradient):
+            return hopper.backward(
+                out_gradient, query, key_self, value_self, history_key, history_value, candidate_offsets,
+                history_offsets, out, lse, tokens=tokens,
+            )  # fmt: skip
     delta = torch.empty_like(lse)
     kept = (query, key_self, value_self, history_key, history_value, candidate_offsets, history_offsets)
     query_g = query_gradient(out_gradient, *kept, out, lse, delta, tokens=tokens, tiles=tiles.query_gradient)
