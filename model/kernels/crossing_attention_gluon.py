@@ -66,7 +66,7 @@ def _exp2_assembly(polynomials: int) -> str:
 
 _EXP2_2: gl.constexpr = gl.constexpr(_exp2_assembly(2))
 _EXP2_4: gl.constexpr = gl.constexpr(_exp2_assembly(4))
-_EXP2_PLACES: gl.constexpr = gl.constexpr(",".join(["=f"] * 16 + ["f"] * 16))
+_EXP2_PLACES: gl.constexpr = gl.constexpr(",".join(["=&f"] * 16 + ["f"] * 16))
 # Names that Triton 3.6 and later versions do not share.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
