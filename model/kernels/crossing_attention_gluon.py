@@ -13,7 +13,7 @@ The backward pass is that of `crossing_attention_triton`. Gluon has no interpret
 Legend: as in crossing_attention; M rows (tokens) of a warpgroup, N events of a block, G chunks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -36,37 +36,6 @@ _ROWS: gl.constexpr = gl.constexpr(64)
 _MOST_RANKED = 32
 
 
-def _exp2_assembly(polynomials: int) -> str:
-    """PTX of 16 powers of two, `polynomials` of them by multiply-adds: x = whole + rest, 2 ** rest a cubic.
-
-    The cubic is the minimax one on [-0.5, 0.5] (relative error 7.5e-5; bf16 rounds by 4e-3). A thread's values are two
-    neighbouring columns of two rows, then the same of the columns 8 further: the odd places are odd columns.
-    """
-    lines = ["{ .reg .f32 x, whole, y; .reg .b32 shift, bits;"]
-    for i in range(16):
-        if i % 2 == 0 or i >= 2 * polynomials:
-            lines.append(f"ex2.approx.ftz.f32 ${i}, ${i + 16};")
-            continue
-        lines += [
-            f"max.f32 x, ${i + 16}, 0fC2FC0000;",  # -126: smaller ones would leave the exponent's range
-            "add.rn.f32 whole, x, 0f4B400000;",  # 1.5 * 2 ** 23: the whole part stands in the last bits
-            "mov.b32 shift, whole;",
-            "shl.b32 shift, shift, 23;",
-            "sub.rn.f32 whole, whole, 0f4B400000;",
-            "sub.rn.f32 x, x, whole;",
-            "fma.rn.f32 y, x, 0f3D61FBB0, 0f3E786F0D;",
-            "fma.rn.f32 y, x, y, 0f3F31798D;",
-            "fma.rn.f32 y, x, y, 0f3F7FFB49;",
-            "mov.b32 bits, y;",
-            "add.s32 bits, bits, shift;",
-            f"mov.b32 ${i}, bits;",
-        ]
-    return "\n".join([*lines, "}"])
-
-
-_EXP2_2: gl.constexpr = gl.constexpr(_exp2_assembly(2))
-_EXP2_4: gl.constexpr = gl.constexpr(_exp2_assembly(4))
-_EXP2_PLACES: gl.constexpr = gl.constexpr(",".join(["=&f"] * 16 + ["f"] * 16))
 # Names that Triton 3.6 and later versions do not share.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -74,7 +43,7 @@ _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 @dataclass(frozen=True, slots=True)
 class HopperTiles:
-    """How work is cut. `keys`, `chunk` and `polynomial` fix the bits of a result, the others do not."""
+    """How work is cut. `keys` and `chunk` fix the bits of a result, the others do not."""
 
     keys: int
     """History events of a block."""
@@ -85,20 +54,28 @@ class HopperTiles:
     stages: int
     """Blocks of keys, and as many of values, on their way at once."""
     programs_per_sm: int = 1
-    polynomial: int = 0
-    """Of 16 exponentials so many are polynomials: 0, 2 or 4."""
-    ping_pong: bool = False
-    """Whether warpgroups begin their products in turn, so that one takes exponentials while another multiplies."""
+    order: int = 0
+    """When a block's values make room: 0 after the exponentials of the next block, 1 before them, 2 as ptxas likes."""
+    total_in_memory: bool = False
+    """Whether the total over chunks waits in global memory: shared memory then has room for another stage."""
     is_split: bool | None = None
     """Whether each chunk has a program of its own; None: where there would be too few programs otherwise."""
 
 
-def choose_hopper_tiles(head_dim: int, tokens: int, requests: int) -> HopperTiles:
-    """Tiles for heads of 64 or 128 channels and so many tokens of so many requests."""
-    warpgroups = 1 if tokens <= 64 * requests else 2
+WIDE_HEADS = HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=2, order=1)
+"""Of heads of 128 channels."""
+_MANY_EVENTS = 6144
+"""Mean history from which two warpgroups that share keys are faster than two programs on a multiprocessor."""
+
+
+def choose_hopper_tiles(head_dim: int, tokens: int, requests: int, events: int) -> HopperTiles:
+    """Tiles for heads of 64 or 128 channels, and so many tokens and events of so many requests."""
+    has_small_requests = tokens <= 64 * requests
     if head_dim == 128:
-        return HopperTiles(keys=128, chunk=2048, warpgroups=warpgroups, stages=2)
-    return HopperTiles(keys=128, chunk=1024, warpgroups=warpgroups, stages=3)
+        return replace(WIDE_HEADS, warpgroups=1) if has_small_requests else WIDE_HEADS
+    if has_small_requests or events < _MANY_EVENTS * requests:
+        return HopperTiles(keys=128, chunk=2048, warpgroups=1, stages=2, programs_per_sm=2)
+    return HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=3)
 
 
 def is_hopper(query: torch.Tensor) -> bool:
@@ -133,6 +110,8 @@ def hopper_forward(
     if is_split:
         part_GTHd = query.new_empty(most_chunks, num_tokens, heads, channels, dtype=torch.float32)
         part_max_GTH, part_sum_GTH = lse.new_empty(2, most_chunks, num_tokens, heads)
+    elif tiles.total_in_memory:
+        part_GTHd, part_max_GTH, part_sum_GTH = torch.empty_like(out, dtype=torch.float32), lse, lse
     else:
         part_GTHd, part_max_GTH, part_sum_GTH = out, lse, lse  # not looked at
     order = candidate_offsets  # not looked at
@@ -153,8 +132,8 @@ def hopper_forward(
         _descriptor(query, 64), _descriptor(history_key if len(history_key) else query, tiles.keys),
         _descriptor(history_value if len(history_value) else query, tiles.keys), query, query.stride(0), *self_pair,
         candidate_offsets, history_offsets, order, out, lse, part_GTHd, part_max_GTH, part_sum_GTH, num_tokens,
-        **shared, KEYS=tiles.keys, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups, POLYNOMIAL=tiles.polynomial,
-        MOST_RANKED=_MOST_RANKED, REGISTERS=worker_registers, IS_IN_TURN=tiles.ping_pong,
+        **shared, KEYS=tiles.keys, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups, ORDER=tiles.order,
+        MOST_RANKED=_MOST_RANKED, REGISTERS=worker_registers, IN_MEMORY=tiles.total_in_memory,
         IS_RANKED=requests <= _MOST_RANKED, IS_SPLIT=is_split, num_warps=4, maxnreg=launch,
     )  # fmt: skip
     if is_split:
@@ -261,17 +240,6 @@ def _rank(candidate_offsets, history_offsets, requests, slot, ROWS: gl.constexpr
 
 
 @gluon.jit
-def _exp2(x, POLYNOMIAL: gl.constexpr):
-    """2 ** x, of some columns (POLYNOMIAL of 16) by multiply-adds: the unit for exponentials is the busier one."""
-    if POLYNOMIAL == 2:
-        return gl.inline_asm_elementwise(_EXP2_2, _EXP2_PLACES, [x], dtype=gl.float32, is_pure=True, pack=16)
-    elif POLYNOMIAL == 4:
-        return gl.inline_asm_elementwise(_EXP2_4, _EXP2_PLACES, [x], dtype=gl.float32, is_pure=True, pack=16)
-    else:
-        return gl.exp2(x)
-
-
-@gluon.jit
 def _read_own(
     query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M, head, key_head,
     scale_log2, TOKENS: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr,
@@ -332,7 +300,7 @@ def _fetch(
     """The fetching warp: queries of each warpgroup that has any, then blocks of keys and values as they are freed."""
     first, end, history_begin, length, first_chunk, last_chunk, head, key_head = work
     query_tiles, key_tiles, value_tiles, _ = buffers
-    query_full, key_full, key_free, value_full, value_free, _, _ = barriers
+    query_full, key_full, key_free, value_full, value_free, _ = barriers
     STAGES: gl.constexpr = key_tiles.type.shape[0]
     for w in gl.static_range(WARPGROUPS):
         if first + w * _ROWS < end:
@@ -368,43 +336,21 @@ def _clear_past(tile, limit, KEYS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _softmax_block(score, largest, scale_log2, POLYNOMIAL: gl.constexpr):
-    """Shares of a block, the new largest score, and what all before shrinks by (Milakov and Gimelshein 2018)."""
-    new_largest = gl.maximum(largest, gl.max(score, 1) * scale_log2)
-    share = _exp2(gl.fma(score, scale_log2, -new_largest[:, None]), POLYNOMIAL)
-    return share, new_largest, gl.exp2(largest - new_largest)
-
-
-@gluon.jit
 def _sum_of_thread(share, KEYS: gl.constexpr):
     """[M, 4] sums of the columns that one thread holds; four threads have a row."""
     return gl.sum(gl.sum(share.reshape([_ROWS, KEYS // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
-def _take_turn(turns, turn, w: gl.constexpr, IS_IN_TURN: gl.constexpr):
-    """Wait for the warpgroup before this one to have begun its products; the first does not wait at its first."""
-    if IS_IN_TURN:
-        mbarrier.wait(turns.index(w), (turn & 1) ^ (1 if w == 0 else 0))
-
-
-@gluon.jit
-def _pass_turn(turns, w: gl.constexpr, IS_IN_TURN: gl.constexpr):
-    if IS_IN_TURN:
-        WARPGROUPS: gl.constexpr = turns.type.shape[0]
-        mbarrier.arrive(turns.index((w + 1) % WARPGROUPS), count=1)
-
-
-@gluon.jit
 def _read_chunk(
     query_tile, key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
-    w: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, POLYNOMIAL: gl.constexpr, IS_IN_TURN: gl.constexpr,
+    w: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """Blocks of a chunk, newest first, of which the newest has `limit` events: what _fold takes, and the next turn.
 
     The scores of a block are on their way while the shares of the block before it meet their values.
     """
-    _, key_full, key_free, value_full, value_free, value_cleared, turns = barriers
+    _, key_full, key_free, value_full, value_free, value_cleared = barriers
     STAGES: gl.constexpr = key_tiles.type.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     READ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -417,9 +363,7 @@ def _read_chunk(
     stage = turn % STAGES
     phase = (turn // STAGES) & 1
     mbarrier.wait(key_full.index(stage), phase)
-    _take_turn(turns, turn, w, IS_IN_TURN)
     score = warpgroup_mma(query_tile, key_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    _pass_turn(turns, w, IS_IN_TURN)
     score = warpgroup_mma_wait(0, deps=[score])
     mbarrier.arrive(key_free.index(stage), count=1)
     if limit < KEYS:
@@ -434,39 +378,45 @@ def _read_chunk(
     event_N = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
     score = gl.where(event_N[None, :] < limit, score, float("-inf"))
     largest = gl.max(score, 1) * scale_log2
-    share = _exp2(gl.fma(score, scale_log2, -largest[:, None]), POLYNOMIAL)
+    share = gl.exp2(gl.fma(score, scale_log2, -largest[:, None]))
     total = _sum_of_thread(share, KEYS)
     THREAD: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     operand = gl.convert_layout(share.to(dtype), SHARES)
     next_stage = (turn + 1) % STAGES
     next_phase = ((turn + 1) // STAGES) & 1
-    mbarrier.wait(key_full.index(next_stage), next_phase, pred=blocks > 1)
     for block in range(1, blocks):
-        _take_turn(turns, turn + 1, w, IS_IN_TURN)
+        mbarrier.wait(key_full.index(next_stage), next_phase)
         score = warpgroup_mma(
             query_tile, key_tiles.index(next_stage).permute((1, 0)), nothing, use_acc=False, is_async=True
         )
         mbarrier.wait(value_full.index(stage), phase)
         read = warpgroup_mma(operand, value_tiles.index(stage), read, is_async=True)
-        _pass_turn(turns, w, IS_IN_TURN)
         score = warpgroup_mma_wait(1, deps=[score])
         mbarrier.arrive(key_free.index(next_stage), count=1)
-        share, largest, shrink = _softmax_block(score, largest, scale_log2, POLYNOMIAL)
-        shrink_total = gl.convert_layout(shrink, THREAD)
-        total = gl.fma(total, shrink_total[:, None], _sum_of_thread(share, KEYS))
+        # Softmax as it goes (Milakov and Gimelshein 2018).
+        new_largest = gl.maximum(largest, gl.max(score, 1) * scale_log2)
+        shrink = gl.exp2(largest - new_largest)
+        largest = new_largest
+        if ORDER == 1:
+            mbarrier.wait(value_full.index(stage), phase)
+            read = warpgroup_mma_wait(0, deps=[read])
+            mbarrier.arrive(value_free.index(stage), count=1)
+        share = gl.exp2(gl.fma(score, scale_log2, -largest[:, None]))
+        total = gl.fma(total, gl.convert_layout(shrink, THREAD)[:, None], _sum_of_thread(share, KEYS))
+        if ORDER == 0:
+            # The values have come long ago. ptxas moves no work past a wait; without one it would move the exponentials
+            # to after the product that they are to overlap.
+            mbarrier.wait(value_full.index(stage), phase)
+        if ORDER != 1:
+            read = warpgroup_mma_wait(0, deps=[read])
+            mbarrier.arrive(value_free.index(stage), count=1)
+        read = read * gl.convert_layout(shrink, ROW)[:, None]
+        operand = gl.convert_layout(share.to(dtype), SHARES)
         turn += 1
-        free = value_free.index(stage)
         stage = next_stage
         phase = next_phase
         next_stage = (turn + 1) % STAGES
         next_phase = ((turn + 1) // STAGES) & 1
-        # This wait stands here, and not where its keys are used, for the sake of the assembler: it moves no work
-        # past it, where it would move the softmax to after the wait for the product that it is to overlap.
-        mbarrier.wait(key_full.index(next_stage), next_phase, pred=block + 1 < blocks)
-        read = warpgroup_mma_wait(0, deps=[read])
-        mbarrier.arrive(free, count=1)
-        read = read * gl.convert_layout(shrink, ROW)[:, None]
-        operand = gl.convert_layout(share.to(dtype), SHARES)
     mbarrier.wait(value_full.index(stage), phase)
     read = warpgroup_mma(operand, value_tiles.index(stage), read, is_async=True)
     read = warpgroup_mma_wait(0, deps=[read])
@@ -475,9 +425,26 @@ def _read_chunk(
 
 
 @gluon.jit
+def _keep(totals, w: gl.constexpr, at_Md, is_row_M, read, IN_MEMORY: gl.constexpr):
+    """The total waits while a chunk is read."""
+    if IN_MEMORY:
+        gl.store(at_Md, read, is_row_M[:, None])
+    else:
+        totals.index(w).store(read)
+
+
+@gluon.jit
+def _kept(totals, w: gl.constexpr, at_Md, is_row_M, IN_MEMORY: gl.constexpr, LAYOUT: gl.constexpr):
+    if IN_MEMORY:
+        return gl.load(at_Md, is_row_M[:, None], 0.0)
+    else:
+        return totals.index(w).load(LAYOUT)
+
+
+@gluon.jit
 def _attend(
     shared, w: gl.constexpr, TOKENS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr,
-    POLYNOMIAL: gl.constexpr, IS_IN_TURN: gl.constexpr, IS_SPLIT: gl.constexpr,
+    ORDER: gl.constexpr, IN_MEMORY: gl.constexpr, IS_SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: its 64 rows over the chunks."""
     work, pointers, sizes, buffers, barriers, scale_log2 = shared
@@ -485,7 +452,7 @@ def _attend(
     query, key_self, value_self, out, lse, part, part_max, part_sum = pointers
     query_stride, key_self_stride, value_self_stride, num_tokens, heads = sizes
     query_tiles, key_tiles, value_tiles, totals = buffers
-    query_full, key_full, key_free, value_full, value_free, _, turns = barriers
+    query_full, key_full, key_free, value_full, value_free, _ = barriers
     STAGES: gl.constexpr = key_tiles.type.shape[0]
     READ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     row_M = (first + w * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, READ))).to(gl.int64)
@@ -498,7 +465,7 @@ def _attend(
             blocks = (chunk_end + KEYS - 1) // KEYS
             largest, total, read, turn = _read_chunk(
                 query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, chunk_end - (blocks - 1) * KEYS,
-                scale_log2, w, KEYS, D, POLYNOMIAL, IS_IN_TURN,
+                scale_log2, w, KEYS, D, ORDER,
             )  # fmt: skip
             at_M = (row_M + first_chunk * num_tokens) * heads + head
             channel_d = gl.arange(0, D, gl.SliceLayout(0, READ))
@@ -510,21 +477,22 @@ def _attend(
                 query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M, head,
                 key_head, scale_log2, TOKENS, D, READ,
             )  # fmt: skip
-            kept = totals.index(w)
-            kept.store(read)
+            at_Md = part + (row_M * heads + head)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, READ))[None, :]
+            _keep(totals, w, at_Md, is_row_M, read, IN_MEMORY)
             mbarrier.wait(query_full.index(w), 0)
             for chunk in range(first_chunk, last_chunk):
                 chunk_end = gl.minimum(chunk * CHUNK + CHUNK, length) - chunk * CHUNK
                 blocks = (chunk_end + KEYS - 1) // KEYS
                 chunk_largest, chunk_total, chunk_read, turn = _read_chunk(
                     query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks,
-                    chunk_end - (blocks - 1) * KEYS, scale_log2, w, KEYS, D, POLYNOMIAL, IS_IN_TURN,
+                    chunk_end - (blocks - 1) * KEYS, scale_log2, w, KEYS, D, ORDER,
                 )  # fmt: skip
                 largest, total, read = _fold(
-                    largest, total, kept.load(READ), chunk_largest, chunk_total, chunk_read
+                    largest, total, _kept(totals, w, at_Md, is_row_M, IN_MEMORY, READ), chunk_largest, chunk_total, chunk_read
                 )  # fmt: skip
-                kept.store(read)
-            _store(out, lse, row_M, is_row_M, head, heads, largest, total, kept.load(READ), D, READ)
+                _keep(totals, w, at_Md, is_row_M, read, IN_MEMORY)
+            read = _kept(totals, w, at_Md, is_row_M, IN_MEMORY, READ)
+            _store(out, lse, row_M, is_row_M, head, heads, largest, total, read, D, READ)
     else:
         # Without rows: only hand the blocks on.
         for chunk in range(first_chunk, last_chunk):
@@ -532,8 +500,6 @@ def _attend(
             for _block in range(blocks):
                 stage = turn % STAGES
                 phase = (turn // STAGES) & 1
-                _take_turn(turns, turn, w, IS_IN_TURN)
-                _pass_turn(turns, w, IS_IN_TURN)
                 mbarrier.wait(key_full.index(stage), phase)
                 mbarrier.arrive(key_free.index(stage), count=1)
                 mbarrier.wait(value_full.index(stage), phase)
@@ -547,8 +513,8 @@ def _forward_kernel(
     query_desc, key_desc, value_desc, query, query_stride, key_self, value_self, key_self_stride, value_self_stride,
     candidate_offsets, history_offsets, order, out, lse, part, part_max, part_sum, num_tokens, heads, group, requests,
     scale_log2, TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    WARPGROUPS: gl.constexpr, POLYNOMIAL: gl.constexpr, MOST_RANKED: gl.constexpr, REGISTERS: gl.constexpr,
-    IS_IN_TURN: gl.constexpr, IS_RANKED: gl.constexpr, IS_SPLIT: gl.constexpr,
+    WARPGROUPS: gl.constexpr, ORDER: gl.constexpr, MOST_RANKED: gl.constexpr, REGISTERS: gl.constexpr,
+    IN_MEMORY: gl.constexpr, IS_RANKED: gl.constexpr, IS_SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Tokens of one tile and head over the whole history; where it is split, over one chunk, left in `part`."""
     slot = gl.program_id(0) // heads
@@ -579,7 +545,7 @@ def _forward_kernel(
         gl.allocate_shared_memory(dtype, [WARPGROUPS, _ROWS, D], query_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], key_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], value_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [1 if IS_SPLIT else WARPGROUPS, _ROWS, D], FLAT),
+        gl.allocate_shared_memory(gl.float32, [0 if IS_SPLIT or IN_MEMORY else WARPGROUPS, _ROWS, D], FLAT),
     )
     query_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -587,17 +553,15 @@ def _forward_kernel(
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_cleared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
     for w in gl.static_range(WARPGROUPS):
         mbarrier.init(query_full.index(w), count=1)
-        mbarrier.init(turns.index(w), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(key_full.index(stage), count=1)
         mbarrier.init(key_free.index(stage), count=WARPGROUPS)
         mbarrier.init(value_full.index(stage), count=1)
         mbarrier.init(value_free.index(stage), count=WARPGROUPS)
     mbarrier.init(value_cleared, count=1)
-    barriers = (query_full, key_full, key_free, value_full, value_free, value_cleared, turns)
+    barriers = (query_full, key_full, key_free, value_full, value_free, value_cleared)
     pointers = (query, key_self, value_self, out, lse, part, part_max, part_sum)
     sizes = (query_stride, key_self_stride, value_self_stride, num_tokens, heads)
     work = (first, end, history_begin, length, first_chunk, last_chunk, head, key_head)
@@ -606,7 +570,7 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_fetch, (work, query_desc, key_desc, value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, POLYNOMIAL, IS_IN_TURN, IS_SPLIT)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
             ],
             [4],
             [REGISTERS],
@@ -615,8 +579,8 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_fetch, (work, query_desc, key_desc, value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, POLYNOMIAL, IS_IN_TURN, IS_SPLIT)),
-                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, POLYNOMIAL, IS_IN_TURN, IS_SPLIT)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
+                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -625,9 +589,9 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_fetch, (work, query_desc, key_desc, value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, POLYNOMIAL, IS_IN_TURN, IS_SPLIT)),
-                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, POLYNOMIAL, IS_IN_TURN, IS_SPLIT)),
-                (_attend, (shared, 2, TOKENS, D, KEYS, CHUNK, POLYNOMIAL, IS_IN_TURN, IS_SPLIT)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
+                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
+                (_attend, (shared, 2, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -636,10 +600,10 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_fetch, (work, query_desc, key_desc, value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, POLYNOMIAL, IS_IN_TURN, IS_SPLIT)),
-                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, POLYNOMIAL, IS_IN_TURN, IS_SPLIT)),
-                (_attend, (shared, 2, TOKENS, D, KEYS, CHUNK, POLYNOMIAL, IS_IN_TURN, IS_SPLIT)),
-                (_attend, (shared, 3, TOKENS, D, KEYS, CHUNK, POLYNOMIAL, IS_IN_TURN, IS_SPLIT)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
+                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
+                (_attend, (shared, 2, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
+                (_attend, (shared, 3, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
             ],
             [4, 4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS, REGISTERS],

@@ -57,10 +57,10 @@ def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     return Tiles(128, 64, 2048, num_warps=8, num_stages=3, backward_rows=64, backward_keys=64)
 
 
-def choose_forward_tiles(query_THd: torch.Tensor, requests: int) -> Tiles | HopperTiles:
+def choose_forward_tiles(query_THd: torch.Tensor, requests: int, events: int) -> Tiles | HopperTiles:
     """Tiles of the forward pass of the kernel for this device: that of crossing_attention_gluon, or the one here."""
     if is_hopper(query_THd):
-        return choose_hopper_tiles(query_THd.shape[-1], len(query_THd), requests)
+        return choose_hopper_tiles(query_THd.shape[-1], len(query_THd), requests, events)
     return choose_tiles(query_THd.shape[-1], query_THd.dtype)
 
 
@@ -81,7 +81,7 @@ def crossing_attention_kernel(
 
     tiles: of the forward pass, and so which kernel does it; for tests and for finding better ones.
     """
-    tiles = tiles or choose_forward_tiles(query_THd, len(candidate_offsets) - 1)
+    tiles = tiles or choose_forward_tiles(query_THd, len(candidate_offsets) - 1, len(history_key_SKd))
     with torch.cuda.device_of(query_THd):  # kernels start on the current device; on the CPU this does nothing
         out_THd, lse_TH = _CrossingAttention.apply(
             query_THd, key_self_TKd, value_self_TKd, history_key_SKd, history_value_SKd,
