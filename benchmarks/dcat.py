@@ -39,6 +39,19 @@ FLUSH_BYTES = 256 << 20
 aten = torch.ops.aten
 
 
+BACKWARD_SETTINGS = {
+    "query": [
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2),
+        (128, 64, 8, 3), (128, 32, 8, 3), (128, 128, 8, 2),
+    ],
+    "history": [
+        (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3),
+        (64, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 2),
+    ],
+}  # fmt: skip
+"""Of the two kernels of the backward pass: rows, keys, warps and stages that --tune tries."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A shape, and how many times its floor we aim at."""
@@ -586,37 +599,74 @@ def compare(row: Row, device: torch.device, repeats: int, *, is_training: bool) 
 
 def tune(row: Row, device: torch.device, *, is_training: bool) -> None:
     """Print the times of a few tiles, the fastest last; what is faster here goes into choose_tiles by hand."""
-    from model.kernels.crossing_attention_triton import Tiles, choose_tiles
-
     problem = Problem.draw(row, device)
-    chosen = choose_tiles(row.head_dim, torch.bfloat16)
-    tried: list[Tiles] = []
     if is_training:
-        for rows, keys, warps, stages in itertools.product((32, 64, 128), (64, 128), (4, 8), (1, 2, 3)):
-            sizes = {"backward_rows": rows, "backward_keys": keys, "backward_warps": warps, "backward_stages": stages}
-            tried.append(replace(chosen, **sizes))
-    else:
-        shapes = [(64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (128, 64, 4), (256, 64, 8)]
-        for (rows, keys, warps), stages, chunk in itertools.product(shapes, (2, 3, 4), (1024, 2048, 4096)):
-            tried.append(replace(chosen, rows=rows, keys=keys, num_warps=warps, num_stages=stages, chunk=chunk))
+        tune_backward(problem)
+        return
+    from model.kernels.crossing_attention_triton import choose_tiles
+
+    chosen = choose_tiles(row.head_dim, torch.bfloat16)
+    shapes = [(64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (128, 64, 4), (256, 64, 8)]
+    tried = [
+        replace(chosen, rows=rows, keys=keys, num_warps=warps, num_stages=stages, chunk=chunk)
+        for (rows, keys, warps), stages, chunk in itertools.product(shapes, (2, 3, 4), (1024, 2048, 4096))
+    ]
     if device.type != "cuda":
-        tried = [replace(chosen, rows=16, keys=16, chunk=32, backward_rows=16, backward_keys=16)]
+        tried = [replace(chosen, rows=16, keys=16, chunk=32)]
+    steps = [(str(tiles), lambda tiles=tiles: [problem.ours(tiles)]) for tiles in tried]
+    rank(steps, lambda found: error_of(problem, found), device, row.floor_ms())
+
+
+def tune_backward(problem: Problem) -> None:
+    """The gradients of queries and those of histories are kernels of their own, each on tiles of its own.
+
+    The floors shown are of their own products alone: 3 and 4 of the size of the forward pass's 2.
+    """
+    from model.kernels import crossing_attention_triton as kernels
+
+    row, device = problem.row, problem.gradient.device
+    out, lse = kernels.crossing_attention_kernel(
+        *problem.tensors, problem.candidate_offsets, problem.history_offsets, longest_history=max(row.histories)
+    )
+    delta = torch.empty_like(lse)
+    kept = (problem.gradient, *problem.tensors, problem.candidate_offsets, problem.history_offsets)
+    settings = BACKWARD_SETTINGS if device.type == "cuda" else {"query": [(16, 16, 4, 2)], "history": [(16, 16, 4, 2)]}
+
+    def of_query(tiles: kernels.BackwardTiles) -> list[torch.Tensor]:
+        return [out, kernels.query_gradient(*kept, out, lse, delta, tokens=1, tiles=tiles)]
+
+    def of_history(tiles: kernels.BackwardTiles) -> list[torch.Tensor]:
+        return list(kernels.history_gradients(*kept, lse, delta, tiles=tiles))
+
+    def history_error(found: Sequence[torch.Tensor]) -> float:
+        own, history = next(pair for pair in problem.requests() if pair[0].start < pair[0].stop)
+        wanted = exact(problem, own, history, 0)[4:]
+        return max(off(one[history, 0], two) for one, two in zip(found, wanted, strict=True))
+
+    of_query(kernels.choose_tiles(row.head_dim, torch.bfloat16).query_gradient)  # leaves delta
+    kinds: list[tuple[str, Callable[[Any], list[torch.Tensor]], Callable[[Sequence[torch.Tensor]], float]]] = [
+        ("query", of_query, lambda found: error_of(problem, found)), ("history", of_history, history_error)
+    ]  # fmt: skip
+    for products, (name, kernel, error) in zip((3, 4), kinds, strict=True):
+        print(f" gradient of the {name}", flush=True)
+        tried = [kernels.BackwardTiles(*setting) for setting in settings[name]]
+        steps = [(str(tiles), lambda tiles=tiles, kernel=kernel: kernel(tiles)) for tiles in tried]  # type: ignore[misc]
+        rank(steps, error, device, products * row.floor_ms(is_training=True) / 7)
+
+
+def rank(
+    steps: Sequence[tuple[str, Callable[[], list[torch.Tensor]]]],
+    error: Callable[[Sequence[torch.Tensor]], float], device: torch.device, floor: float,
+) -> None:  # fmt: skip
+    """Print the ten fastest, the fastest last."""
     found = []
-    for tiles in tried:
-
-        def ours(tiles: Tiles = tiles, **options: Any) -> torch.Tensor:
-            return problem.ours(tiles, **options)
-
+    for name, step in steps:
         try:
-            step: Step = training_step(problem, ours) if is_training else ours
-            result = step()
-            error = error_of(problem, result if is_training else [result])
-            found.append((median_ms(graphed(step, device), device, 0.05), error, tiles))
-        except Exception as error:  # too much shared memory, too many registers
-            print(f"  {tiles}: {type(error).__name__}: {str(error)[:80]}", flush=True)
-    floor = row.floor_ms(is_training=is_training)
-    for ms, error, tiles in sorted(found, key=lambda one: -one[0])[-10:]:
-        print(f"  {ms:.4f} ms x{ms / floor:.2f} error {error:.1e} {tiles}", flush=True)
+            found.append((median_ms(graphed(step, device), device, 0.05), error(step()), name))
+        except Exception as problem:  # too much shared memory, too many registers
+            print(f"  {name}: {type(problem).__name__}: {str(problem)[:80]}", flush=True)
+    for ms, off_by, name in sorted(found, key=lambda one: -one[0])[-10:]:
+        print(f"  {ms:.4f} ms x{ms / floor:.2f} error {off_by:.1e} {name}", flush=True)
 
 
 def ceilings(device: torch.device) -> str:
@@ -637,6 +687,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=[""], help="only rows whose name contains one of these")
     parser.add_argument("--backward", action="store_true", help="both passes too, of the rows with a target for them")
     parser.add_argument("--tune", action="store_true", help="print the times of a few tiles; records nothing")
+    parser.add_argument("--tune-backward", action="store_true", help="of the backward pass alone")
     parser.add_argument("--quick", action="store_true", help="tiny shapes; records nothing")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-record", action="store_true")
@@ -654,10 +705,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     card = ceilings(device) if device.type == "cuda" else ""
     print(card, flush=True)
     entries: list[dict[str, Any]] = []
-    for row, is_training in itertools.product(rows, (False, True) if args.backward else (False,)):
+    kinds = (True,) if args.tune_backward else (False, True) if args.backward else (False,)
+    for row, is_training in itertools.product(rows, kinds):
         if is_training and row.train_target is None:
             continue
-        if args.tune:
+        if args.tune or args.tune_backward:
             print(f"{'train' if is_training else 'fwd'} {row.name}", flush=True)
             tune(row, device, is_training=is_training)
         else:

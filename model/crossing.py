@@ -6,116 +6,222 @@ head, L longest.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.encoder import ROTARY_BASE, Block, Packing, packed_causal_attention, rotate
 from model.errors import ConfigError, ShapeError, StateMismatch
 from model.kernels.crossing_attention import check_offsets, crossing_attention
+from model.kernels.packed_block import finish_products
+
+QUANTISED_LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+"""Largest magnitude that each dtype of a quantised cache holds."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Of keys and of values."""
+
+
+def quantise(x_Ehd: torch.Tensor, request_E: torch.Tensor, requests: int, dtype: torch.dtype) -> Pair:
+    """The tensor in 1 byte a number, and f32 [R, h] to multiply it by: rounded to the nearest of its dtype."""
+    limit = QUANTISED_LIMITS[dtype]
+    largest_Eh = x_Ehd.float().abs().amax(-1)
+    largest_Rh = largest_Eh.new_zeros(requests, x_Ehd.shape[1])
+    largest_Rh.scatter_reduce_(0, request_E[:, None].expand_as(largest_Eh), largest_Eh, "amax")
+    scale_Rh = torch.where(largest_Rh > 0, largest_Rh / limit, 1.0)
+    scaled_Ehd = (x_Ehd.float() / scale_Rh[request_E][..., None]).clamp(-limit, limit)
+    return (scaled_Ehd.round() if dtype == torch.int8 else scaled_Ehd).to(dtype), scale_Rh
+
+
+def dequantise(
+    x_Ehd: torch.Tensor, scale_Rh: torch.Tensor, request_E: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """What quantise rounded, in another dtype."""
+    return (x_Ehd.float() * scale_Rh[request_E][..., None]).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class KeyValueCache:
     """What the context pass leaves of the histories: the keys (rotated to their positions) and values of each layer."""
 
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    layers: tuple[Pair, ...]
     """Of each layer keys and values, [E, h, d]."""
     offsets: torch.Tensor
     """i64 [R + 1], on the CPU: rising from 0 to E."""
     device_offsets: torch.Tensor
     """The same as i32, where the keys are."""
+    request_E: torch.Tensor
+    """i64 [E], where the keys are: the request of each event."""
     version: str
     """Of the weights that made it."""
+    scales: tuple[Pair, ...] = field(default=())
+    """Of a quantised cache: what the keys and values of each layer are multiplied by, f32 [R, h]; else empty."""
+    read_dtype: torch.dtype | None = None
+    """Of a quantised cache: what attention reads, the dtype before. None: what is stored."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """Of the stored keys and values."""
         return self.layers[0][0].dtype
 
     @property
     def num_bytes(self) -> int:
-        """Of keys and values of all layers."""
-        return sum(key.nbytes + value.nbytes for key, value in self.layers)
+        """Of keys, values and scales of all layers."""
+        return sum(one.nbytes + two.nbytes for one, two in (*self.layers, *self.scales))
 
     @property
     def longest(self) -> int:
         """Events of the longest history."""
         return int(self.offsets.diff().max()) if len(self.offsets) > 1 else 0
 
+    @torch.no_grad()
+    def quantised(self, dtype: torch.dtype) -> "KeyValueCache":
+        """The same in 1 byte a number, for serving: half the bytes of bfloat16; no gradient flows through it.
+
+        dtype: float8_e4m3fn or int8. There is a scale for each request, layer and head (its largest magnitude becomes
+        the dtype's), so what a request keeps does not depend on what else is in the batch.
+        Raises ConfigError for another dtype and for a cache that is quantised already.
+        """
+        if dtype not in QUANTISED_LIMITS or self.scales:
+            state = "quantised already" if self.scales else f"asked for {dtype}"
+            raise ConfigError(f"a cache can be quantised once, to float8_e4m3fn or int8, got one {state}")
+        requests = len(self.offsets) - 1
+        pairs = [
+            tuple(quantise(x, self.request_E, requests, dtype) for x in keys_and_values)
+            for keys_and_values in self.layers
+        ]
+        layers, scales = (tuple((key[i], value[i]) for key, value in pairs) for i in (0, 1))
+        return replace(self, layers=layers, scales=scales, read_dtype=self.dtype)
+
+    def read(self, layer: int, convert: Callable[..., torch.Tensor] = dequantise) -> Pair:
+        """Keys and values of a layer as attention takes them. convert: dequantise or a compiled form of it."""
+        if not self.scales:
+            return self.layers[layer]
+        key, value = (
+            convert(x, scale, self.request_E, self.read_dtype)
+            for x, scale in zip(self.layers[layer], self.scales[layer], strict=True)
+        )
+        return key, value
+
+
+def project(block: Block, input_TD: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values, [T, h, d]; queries and keys rotated to their positions."""
+    heads, width = block.num_heads, input_TD.shape[1]
+    parts = block.qkv(block.attention_norm(input_TD)).chunk(3, -1)
+    query, key, value = (part.reshape(len(input_TD), heads, width // heads) for part in parts)
+    return rotate(query, packing), rotate(key, packing), value
+
+
+def project_keys_and_values(block: Block, input_TD: torch.Tensor, packing: Packing) -> Pair:
+    """As project, without the queries: a third of the projection is left out."""
+    width = input_TD.shape[1]
+    both = F.linear(block.attention_norm(input_TD), block.qkv.weight[width:], block.qkv.bias[width:])
+    key, value = (part.reshape(len(input_TD), block.num_heads, width // block.num_heads) for part in both.chunk(2, -1))
+    return rotate(key, packing), value
+
+
+def finish(block: Block, input_TD: torch.Tensor, attended_Thd: torch.Tensor) -> torch.Tensor:
+    """The block behind its attention: output projection, feed-forward, residuals."""
+    hidden_TD = input_TD + block.dropout(block.out(attended_Thd.flatten(1)))
+    fed_TD = block.ffn_out(F.gelu(block.ffn_in(block.ffn_norm(hidden_TD))))
+    return cast(torch.Tensor, hidden_TD + block.dropout(fed_TD))
+
+
+def is_half(block: Block, input_TD: torch.Tensor) -> bool:
+    """Whether a block that does not drop out computes in bfloat16 or float16 throughout, without autocasting."""
+    return (
+        not block.training
+        and input_TD.dtype in (torch.bfloat16, torch.float16)
+        and block.out.weight.dtype == input_TD.dtype
+    )
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One compiled form for all layers."""
+    return torch.compile(function)
+
 
 class CrossingLayer(nn.Module):
     """One pre-norm Transformer block whose weights serve both passes."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, *, is_compiled: bool = False) -> None:
+        """is_compiled: norms, rotations, activations and residuals are fused (torch.compile), which takes a while at
+        the first sizes they meet; what lies behind attention is kernels of ours in half-precision inference."""
         super().__init__()
         if block.bias is not None:
             raise ConfigError("crossing needs blocks without a relative bias: their positions are rotary")
-        self.block = block
+        self.block, self.is_compiled = block, is_compiled
+        parts: tuple[Callable[..., Any], ...] = (project, project_keys_and_values, finish)
+        self._project, self._project_keys_and_values, self._finish = map(compiled, parts) if is_compiled else parts
 
-    def project(self, input_TD: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, [T, h, d]; queries and keys rotated to their positions."""
-        heads, width = self.block.num_heads, input_TD.shape[1]
-        parts = self.block.qkv(self.block.attention_norm(input_TD)).chunk(3, -1)
-        query, key, value = (part.reshape(len(input_TD), heads, width // heads) for part in parts)
-        return rotate(query, packing), rotate(key, packing), value
-
-    def finish(self, input_TD: torch.Tensor, attended_Thd: torch.Tensor) -> torch.Tensor:
-        """The block behind its attention: output projection, feed-forward, residuals."""
-        block = self.block
-        hidden_TD = input_TD + block.dropout(block.out(attended_Thd.flatten(1)))
-        fed_TD = block.ffn_out(F.gelu(block.ffn_in(block.ffn_norm(hidden_TD))))
-        return cast(torch.Tensor, hidden_TD + block.dropout(fed_TD))
-
-    def read(self, event_ED: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def read(self, event_ED: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, Pair]:
         """The context pass of this layer: the events after the block, and keys and values."""
-        query, key, value = self.project(event_ED, packing)
-        return self.finish(event_ED, packed_causal_attention(query, key, value, packing)), (key, value)
+        query, key, value = self._project(self.block, event_ED, packing)
+        attended_Ehd = packed_causal_attention(query, key, value, packing)
+        return self._behind_attention(event_ED, attended_Ehd), (key, value)
 
-    def read_keys_and_values(self, event_ED: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values alone: all that candidates need of the last layer. A third of the projection is left out."""
-        block, width = self.block, event_ED.shape[1]
-        both = F.linear(block.attention_norm(event_ED), block.qkv.weight[width:], block.qkv.bias[width:])
-        key, value = (
-            part.reshape(len(event_ED), block.num_heads, width // block.num_heads) for part in both.chunk(2, -1)
-        )
-        return rotate(key, packing), value
+    def read_keys_and_values(self, event_ED: torch.Tensor, packing: Packing) -> Pair:
+        """Keys and values alone: all that candidates need of the last layer."""
+        return cast(Pair, self._project_keys_and_values(self.block, event_ED, packing))
 
     def forward(
         self,
         candidate_TD: torch.Tensor,
         packing: Packing,
-        keys_and_values: tuple[torch.Tensor, torch.Tensor],
+        keys_and_values: Pair,
         history_offsets: torch.Tensor,
         tokens: int,
         longest_history: int,
     ) -> torch.Tensor:
         """The crossing pass of this layer: the candidates' tokens after the block, [T, D]."""
-        query, key, value = self.project(candidate_TD, packing)
+        query, key, value = self._project(self.block, candidate_TD, packing)
         attended_Thd = crossing_attention(
             query, key, value, *keys_and_values, packing.offsets, history_offsets,
             tokens=tokens, longest_history=longest_history,
         )  # fmt: skip
-        return self.finish(candidate_TD, attended_Thd)
+        return self._behind_attention(candidate_TD, attended_Thd)
+
+    def _behind_attention(self, input_TD: torch.Tensor, attended_Thd: torch.Tensor) -> torch.Tensor:
+        if self.is_compiled and input_TD.is_cuda and not torch.is_grad_enabled() and is_half(self.block, input_TD):
+            return finish_products(self.block, input_TD, attended_Thd.flatten(1))
+        return cast(torch.Tensor, self._finish(self.block, input_TD, attended_Thd))
 
 
 class ContextPass(nn.Module):
-    """The layers: over histories once a request (`forward`), then over its candidates (`cross`)."""
+    """The layers: over histories once a request (`forward`), then over its candidates (`cross`).
 
-    def __init__(self, blocks: Sequence[Block], version: str | None = None) -> None:
+    Both first work out on the host where everything stands (`Packing.of`, `behind_histories`) and then call `read` and
+    `cross_packed`, which wait for nothing and copy nothing from the host: a CUDA graph may hold them.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        version: str | None = None,
+        *,
+        is_compiled: bool = False,
+        is_recomputed: bool = False,
+    ) -> None:
         """version: names all that these weights are; None: their fingerprint as they are now, which training outdates.
 
+        is_compiled: see CrossingLayer.  is_recomputed: in training, what a layer computes inside is not kept for the
+        backward pass but computed again (Chen et al. 2016): less memory, one more forward pass.
         Raises ConfigError.
         """
         super().__init__()
         if not blocks:
             raise ConfigError("crossing needs at least 1 block, got 0")
-        self.layers = nn.ModuleList(CrossingLayer(block) for block in blocks)
+        self.layers = nn.ModuleList(CrossingLayer(block, is_compiled=is_compiled) for block in blocks)
         self.version = fingerprint(self) if version is None else version
+        self.is_recomputed = is_recomputed
+        self._dequantise = compiled(dequantise) if is_compiled else dequantise
 
     def forward(
         self, event_ED: torch.Tensor, offsets: torch.Tensor, time_us_E: torch.Tensor, *, is_hidden_wanted: bool = False
@@ -124,18 +230,22 @@ class ContextPass(nn.Module):
 
         event_ED: embedded events.  offsets: i64 [R + 1], on the CPU.  time_us_E: i64 [E], on the events' device.
         """
-        layers = self._layers()
-        packing = Packing.of(offsets, event_ED.shape[1] // layers[0].block.num_heads, time_us_E)
+        packing = Packing.of(offsets, event_ED.shape[1] // self._layers()[0].block.num_heads, time_us_E)
+        layers, hidden_ED = self.read(event_ED, packing, is_hidden_wanted=is_hidden_wanted)
+        return KeyValueCache(layers, offsets, packing.offsets, packing.user_T, self.version), hidden_ED
+
+    def read(
+        self, event_ED: torch.Tensor, packing: Packing, *, is_hidden_wanted: bool = False
+    ) -> tuple[tuple[Pair, ...], torch.Tensor | None]:
+        """As forward, of events whose places are known: the layers of a cache."""
         kept = []
-        for layer in layers[:-1]:
-            event_ED, keys_and_values = layer.read(event_ED, packing)
+        layers = self._layers()
+        for layer in layers if is_hidden_wanted else layers[:-1]:
+            event_ED, keys_and_values = self._step(layer.read, event_ED, packing)
             kept.append(keys_and_values)
-        hidden_ED = None
         if is_hidden_wanted:
-            hidden_ED, keys_and_values = layers[-1].read(event_ED, packing)
-        else:
-            keys_and_values = layers[-1].read_keys_and_values(event_ED, packing)
-        return KeyValueCache((*kept, keys_and_values), offsets, packing.offsets, self.version), hidden_ED
+            return tuple(kept), event_ED
+        return (*kept, self._step(layers[-1].read_keys_and_values, event_ED, packing)), None
 
     def cross(
         self, candidate_TD: torch.Tensor, candidate_offsets: torch.Tensor, cache: KeyValueCache, *, tokens: int = 1
@@ -151,36 +261,54 @@ class ContextPass(nn.Module):
             raise StateMismatch(f"the cache must be of version {self.version}, got one of {cache.version}")
         if len(cache.layers) != len(self.layers):
             raise ShapeError(f"the cache must have {len(self.layers)} layers, got {len(cache.layers)}")
-        packing = _behind_histories(candidate_offsets, cache, tokens)
-        for layer, keys_and_values in zip(self._layers(), cache.layers, strict=True):
-            candidate_TD = layer(candidate_TD, packing, keys_and_values, cache.device_offsets, tokens, cache.longest)
+        return self.cross_packed(candidate_TD, behind_histories(candidate_offsets, cache, tokens), cache, tokens=tokens)
+
+    def cross_packed(
+        self, candidate_TD: torch.Tensor, packing: Packing, cache: KeyValueCache, *, tokens: int = 1
+    ) -> torch.Tensor:
+        """As cross, of candidates whose places are known and a cache that is known to fit."""
+        longest = cache.longest
+        for i, layer in enumerate(self._layers()):
+            keys_and_values = cache.read(i, self._dequantise)
+            candidate_TD = self._step(
+                layer, candidate_TD, packing, keys_and_values, cache.device_offsets, tokens, longest
+            )
         return candidate_TD
+
+    def _step(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self.is_recomputed and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
 
     def _layers(self) -> list[CrossingLayer]:
         return cast(list[CrossingLayer], list(self.layers))
 
 
-def _behind_histories(candidate_offsets: torch.Tensor, cache: KeyValueCache, tokens: int) -> Packing:
-    """Where the candidates' tokens stand: token j of every candidate at the length of its history plus j."""
-    key_Ehd = cache.layers[0][0]
+def behind_histories(candidate_offsets: torch.Tensor, cache: KeyValueCache, tokens: int) -> Packing:
+    """Where the candidates' tokens stand: token j of every candidate at the length of its history plus j.
+
+    candidate_offsets: i64 [R + 1], on the CPU.  Raises ShapeError.
+    """
     check_offsets("candidate_offsets", candidate_offsets, int(candidate_offsets[-1]), tokens)
     if len(candidate_offsets) != len(cache.offsets):
         raise ShapeError(
             f"candidate_offsets must be of the cache's {len(cache.offsets) - 1} requests, "
             f"got {len(candidate_offsets) - 1}"
         )
-    total = int(candidate_offsets[-1])
-    request_T = torch.repeat_interleave(torch.arange(len(candidate_offsets) - 1), candidate_offsets.diff())
-    position_T = cache.offsets.diff()[request_T] + torch.arange(total) % tokens
-    device = key_Ehd.device
-    angle_Td = rotary_angles(position_T, key_Ehd.shape[-1]).to(device)[:, None]
+    device, head_dim = cache.device_offsets.device, cache.layers[0][0].shape[-1]
+    requests, total = len(candidate_offsets) - 1, int(candidate_offsets[-1])
+    start_R1 = candidate_offsets.to(device, non_blocking=True)
+    request_T = torch.repeat_interleave(torch.arange(requests, device=device), start_R1.diff(), output_size=total)
+    place_T = torch.arange(total, device=device) % tokens
+    position_T = cache.device_offsets.diff().long()[request_T] + place_T
+    angle_Ld = rotary_angles(torch.arange(cache.longest + tokens), head_dim).to(device, non_blocking=True)
     return Packing(
-        offsets=candidate_offsets.to(device, torch.int32),
-        user_T=request_T.to(device),
-        position_T=position_T.to(device),
-        longest=int(candidate_offsets.diff().max()) if len(candidate_offsets) > 1 else 0,
-        cos_Td=angle_Td.cos(),
-        sin_Td=angle_Td.sin(),
+        offsets=start_R1.int(),
+        user_T=request_T,
+        position_T=position_T,
+        longest=int(candidate_offsets.diff().max()) if requests else 0,
+        cos_Td=angle_Ld.cos()[position_T, None],
+        sin_Td=angle_Ld.sin()[position_T, None],
         time_us_T=torch.zeros(total, dtype=torch.int64, device=device),
     )
 

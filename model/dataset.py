@@ -22,6 +22,12 @@ log = logging.getLogger(__name__)
 ID_TYPES = ("int64", "string")
 SIGNS = ("positive", "neutral")
 ITEM_COLUMN_KINDS = ("category", "categories", "number")
+ITEM_RULES = {
+    "category": ("category", "categories"), "country": ("category", "categories"),
+    "language": ("category", "categories"), "main_category": ("category",), "advertiser": ("category",),
+    "attributes": ("number",),
+}  # fmt: skip
+"""What the rules of the item index read of an item -> kinds of item columns it may come from."""
 SPLITS = ("time", "leave_one_out")
 RESERVED_COLUMNS = (
     "user_id", "item_id", "event_type", "timestamp", "timestamp_us", "order", "source_file", "source_row", "row_hash",
@@ -116,6 +122,8 @@ class DatasetDescription:
     """Categorical columns of the users file, sent by the caller as context features too."""
     item_columns: Mapping[str, str] = field(default_factory=dict)
     """Column of the items file -> category | categories | number."""
+    item_rules: Mapping[str, Any] = field(default_factory=dict)
+    """Rule of the item index -> one of item_columns, of attributes a list of them (see ITEM_RULES)."""
     available_from: str | None = None
     """Column of the items file: the item is not recommended before this time."""
     refresh_time: str = "00:00"
@@ -129,6 +137,7 @@ class DatasetDescription:
                 raise ConfigError(f"{name} must be one of {', '.join(ID_TYPES)}, got {getattr(self, name)!r}")
         object.__setattr__(self, "event_types", _kinds("event_types", self.event_types, SIGNS))
         object.__setattr__(self, "item_columns", _kinds("item_columns", self.item_columns, ITEM_COLUMN_KINDS))
+        object.__setattr__(self, "item_rules", _rules(self.item_rules, self.item_columns))
         if not self.positive_types:
             raise ConfigError(f"event_types must name at least one positive type, got {dict(self.event_types)}")
         for name in ("event_columns", "context_columns", "user_columns"):
@@ -204,8 +213,10 @@ class DatasetDescription:
             elif isinstance(value, tuple):
                 value = list(value)
             elif isinstance(value, Mapping):
-                value = dict(value)
+                value = {name: list(v) if isinstance(v, tuple) else v for name, v in value.items()}
             values[f.name] = value
+        if not self.item_rules:
+            del values["item_rules"]  # versions of releases from before there were rules stay as they are
         return values
 
     @classmethod
@@ -345,6 +356,22 @@ def _kinds(what: str, value: Any, allowed: Sequence[str]) -> dict[str, str]:
         if kind not in allowed:
             raise ConfigError(f"{what}.{name} must be one of {', '.join(allowed)}, got {kind!r}")
     return dict(value)
+
+
+def _rules(value: Any, item_columns: Mapping[str, str]) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"item_rules must map {' | '.join(ITEM_RULES)} to item columns, got {value!r}")
+    _check_names("item_rules", value, tuple(ITEM_RULES))
+    rules: dict[str, Any] = {}
+    for rule, given in value.items():
+        columns = _columns(f"item_rules.{rule}", given if rule == "attributes" else [given])
+        for name in columns:
+            if item_columns.get(name) not in ITEM_RULES[rule]:
+                raise ConfigError(
+                    f"item_rules.{rule} must be of item_columns, of kind {' or '.join(ITEM_RULES[rule])}, got {name!r}"
+                )
+        rules[rule] = columns if rule == "attributes" else columns[0]
+    return rules
 
 
 def _time_us(what: str, value: Any) -> int | None:

@@ -15,6 +15,7 @@ from model.config import TowerConfig
 from model.errors import ShapeError
 from model.features import GAP_BUCKETS, EventFeatures
 from model.item_tower import ItemEmbedder
+from model.kernels.causal_attention import causal_attention
 
 ROTARY_BASE = 10_000.0
 _FAR = -1e4  # in place of minus infinity where SiLU follows
@@ -74,14 +75,11 @@ def packed_causal_attention(
 ) -> torch.Tensor:
     """Softmax attention of each event to its user's events up to and including itself. Returns [T, h, d].
 
-    Half precision on CUDA takes the library's variable-length kernel. Elsewhere histories are laid out padded at
-    their end: a causal mask alone then keeps every real event from reading the padding.
+    Half precision on CUDA reads packed histories as they are (`model.kernels.causal_attention`). Elsewhere they are
+    laid out padded at their end: a causal mask alone then keeps every real event from reading the padding.
     """
-    if query_Thd.is_cuda and query_Thd.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn
-
-        lengths = (packing.offsets, packing.offsets, packing.longest, packing.longest)
-        return varlen_attn(query_Thd, key_Thd, value_Thd, *lengths, window_size=(-1, 0))  # type: ignore[return-value]
+    if query_Thd.is_cuda and query_Thd.dtype in (torch.bfloat16, torch.float16):
+        return causal_attention(query_Thd, key_Thd, value_Thd, packing.offsets, packing.longest)
     query, key, value = (_pad(x, packing) for x in (query_Thd, key_Thd, value_Thd))
     out_UhLd = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return out_UhLd[packing.user_T, :, packing.position_T]
@@ -275,15 +273,21 @@ class Encoder(nn.Module):
         packing = Packing.of(events.offsets, self.config.d_model // self.config.num_heads, events.time_us_T)
         return torch.cat([hidden_TD, self.latents(hidden_TD, packing).to(hidden_TD.dtype)], -1)
 
+    def embed(
+        self, item_T: torch.Tensor, type_T: torch.Tensor, gap_T: torch.Tensor, column_TC: torch.Tensor
+    ) -> torch.Tensor:
+        """Events before the first block, f32 [T, D]."""
+        event_TD: torch.Tensor = self.embedder(item_T) + self.type_embedding(type_T) + self.gap_embedding(gap_T)
+        for c, embedding in enumerate(self.column_embeddings):
+            event_TD = event_TD + embedding(column_TC[:, c])
+        return event_TD
+
     def with_keys_and_values(
         self, events: EventFeatures
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Hidden states [T, D], and each layer's keys and values, [T, h, d]."""
         packing = Packing.of(events.offsets, self.config.d_model // self.config.num_heads, events.time_us_T)
-        event_TD = self.embedder(events.item_T) + self.type_embedding(events.type_T) + self.gap_embedding(events.gap_T)
-        for c, embedding in enumerate(self.column_embeddings):
-            event_TD = event_TD + embedding(events.column_TC[:, c])
-        event_TD = self.dropout(event_TD)
+        event_TD = self.dropout(self.embed(events.item_T, events.type_T, events.gap_T, events.column_TC))
         keys_and_values = []
         for block in self.blocks:
             event_TD, kv = block(event_TD, packing)

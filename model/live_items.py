@@ -110,15 +110,19 @@ class LiveCounts:
         config: TowerConfig,
         *,
         bucket_s: int | None = None,
+        until_us: int | None = None,
     ) -> Self:
         """user_P, item_P, time_us_P: positive events, users one after another, each oldest event first.
 
-        item_P: in [0, num_rows). bucket_s: instead of the config's.
+        item_P: in [0, num_rows). bucket_s: instead of the config's. until_us: the latest time that can be asked for
+        without standing for the log's end, which it is where left out.
         """
         bucket_us = (bucket_s or config.live_bucket_s) * _SECOND_US
         origin_us = int(time_us_P.min()) // bucket_us * bucket_us if len(time_us_P) else 0
         bucket_P = (time_us_P - origin_us) // bucket_us
         span = int(bucket_P.max(initial=0)) + 2
+        if until_us is not None:
+            span = max(span, (until_us - origin_us) // bucket_us + 1)
         follows_P = np.zeros(len(user_P), bool)
         follows_P[1:] = (user_P[1:] == user_P[:-1]) & (np.diff(time_us_P) <= _FOLLOW_US)
         second = np.flatnonzero(follows_P)
@@ -230,12 +234,20 @@ class LiveCounts:
         recent_BM = self.item_P[place_BM.clamp(max=len(self.item_P) - 1)]
         recent_BM = torch.where(total_B1 > 0, recent_BM, uniform_BM[:, :recent])
         item_BM = torch.cat([recent_BM, uniform_BM[:, recent:]], 1)
+        return item_BM, torch.log(self.expected_draws(item_BM, bucket_B, drawn, num_draws, hours)).float()
+
+    def expected_draws(
+        self, item_BM: torch.Tensor, bucket_B: torch.Tensor, drawn: torch.Tensor, num_draws: int, hours: float
+    ) -> torch.Tensor:
+        """How often any items are expected among the `num_draws` draws of `draw`: f32 [B, M]."""
+        length, recent = self.length_of(hours), num_draws // 2
+        total_B1 = self.total(bucket_B, length)[:, None]
         count_BM = self.items.since(item_BM, bucket_B[:, None].expand_as(item_BM), length)
-        share_I = torch.zeros(self.num_rows, device=device)
+        share_I = torch.zeros(self.num_rows, device=item_BM.device)
         share_I[drawn] = 1.0 / len(drawn)
         from_recent = torch.where(total_B1 > 0, recent, 0) * count_BM / total_B1.clamp(min=1)
         from_uniform = torch.where(total_B1 > 0, num_draws - recent, num_draws) * share_I[item_BM]
-        return item_BM, torch.log(from_recent + from_uniform).float()
+        return from_recent + from_uniform
 
 
 class LiveItems(nn.Module):

@@ -10,7 +10,8 @@
     <registry>/bridges/<from>-<to>/     learned maps between state versions; model.bridge
 
 `state_version` names all that determines a user state, `embedding_version` all that determines the space in which
-users and items meet. Both are SHA-256 over content, computed here and never set by hand.
+users and items meet, the scorer included where there is one. Both are SHA-256 over content, computed here and never set
+by hand.
 """
 
 import contextlib
@@ -50,12 +51,16 @@ from model.errors import CheckpointError, ConfigError, GoldenMismatch, PointerCo
 from model.features import Featuriser, Vocabularies
 from model.hybrid_tower import HybridTower, build_encoder, build_head
 from model.item_tower import ItemEmbedder, ItemShape, ItemTower
+from model.packed_encoder import PackedEncoder, is_supported
 from model.records import Context, Event, SubjectItem
+from model.retrieval.scorer import InteractionScorer, ScorerConfig
 from model.state_codec import StateCodec, as_stored
 
 log = logging.getLogger(__name__)
 
-ALL_PARTS = ("encoder", "head", "items")
+TOWER_PARTS = ("encoder", "head", "items")
+ALL_PARTS = (*TOWER_PARTS, "scorer")
+"""What Registry.load loads; a scorer only where the release has one."""
 FORMAT = 1
 GOLDEN_TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}
 """Largest |difference| of a golden output allowed at load, by compute dtype. A state's values are of order 1: another
@@ -69,6 +74,7 @@ _STATE_FIELDS = (
 _STATE_DESCRIPTION = ("user_id_type", "item_id_type", "event_types", "order_column", "event_columns", "item_columns")
 _STATE_SOURCES = ("features.py", "encoder.py", "item_tower.py", "state_codec.py")
 _EMBEDDING_SOURCES = ("context_head.py", "live_items.py")
+_SCORER_SOURCES = ("retrieval/scorer.py", "retrieval/scalars.py", "live_items.py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +110,8 @@ class Manifest:
     libraries: Mapping[str, str]
     lineage: Lineage | None = None
     """None for a release that no training run wrote, or one written before runs were named."""
+    scorer: ScorerConfig | None = None
+    """None where the dot product scores."""
 
     @property
     def compute_dtype(self) -> str:
@@ -135,6 +143,7 @@ class Manifest:
             "metrics": dict(self.metrics),
             "libraries": dict(self.libraries),
             "lineage": None if self.lineage is None else asdict(self.lineage),
+            "scorer": None if self.scorer is None else self.scorer.to_dict(),
         }
 
     @classmethod
@@ -142,10 +151,11 @@ class Manifest:
         """The inverse of to_dict. Raises CheckpointError on another format or a missing entry."""
         if values.get("format") != FORMAT:
             raise CheckpointError(f"manifest format {values.get('format')!r}; this version reads {FORMAT}")
-        lineage = values.get("lineage")
+        lineage, scorer = values.get("lineage"), values.get("scorer")
         try:
             return cls(
                 lineage=None if lineage is None else Lineage(**lineage),
+                scorer=None if scorer is None else ScorerConfig.from_dict(scorer),
                 config=TowerConfig.from_dict(values["config"]),
                 description=DatasetDescription.from_dict(values["description"]),
                 shape=ItemShape.from_dict(values["shape"]),
@@ -228,6 +238,10 @@ class GoldenItems:
 
     row_G: NDArray[np.int64]
     embedding_GE: NDArray[np.float32]
+    scalar_GS: NDArray[np.float32] | None = None
+    """Made up, for the scorer; None where there is none, like the logits."""
+    logit_GU: NDArray[np.float32] | None = None
+    """What the scorer made of each item, with these scalars, and each golden user."""
 
 
 class Release:
@@ -242,17 +256,21 @@ class Release:
         encoder: Encoder | None,
         head: ContextHead | None,
         items: ItemTower | None,
+        scorer: InteractionScorer | None = None,
     ) -> None:
         self.manifest = manifest
         self.featuriser = featuriser
         self.device = device
         self._golden = golden
-        self._encoder, self._head, self._items = encoder, head, items
+        self._encoder, self._head, self._items, self._scorer = encoder, head, items, scorer
+        self._packed: PackedEncoder | None = None
         self.item_table: torch.Tensor | None = None
         """f32 [I, E], the item tower's rows, where the items part was loaded."""
-        for part in (encoder, head, items):
+        for part in (encoder, head, items, scorer):
             if part is not None:
                 part.to(device).eval().requires_grad_(False)
+        if scorer is not None:
+            scorer.embedding_version = manifest.embedding_version
         if items is not None:
             with torch.inference_mode():
                 self.item_table = items.table()
@@ -281,6 +299,13 @@ class Release:
         return _loaded(self._items, "items")
 
     @property
+    def scorer(self) -> InteractionScorer:
+        """Carries the release's embedding_version. Raises CheckpointError where the release has none, too."""
+        if self.manifest.scorer is None:
+            raise CheckpointError(f"release {self.manifest.release_id} has no scorer: the dot product scores its items")
+        return _loaded(self._scorer, "scorer")
+
+    @property
     def cold_state(self) -> NDArray[np.float32]:
         """The learned state for missing or unusable rows: f32 [D]."""
         state: NDArray[np.float32] = self.head.cold_state_D.cpu().numpy()
@@ -293,9 +318,20 @@ class Release:
         Returns f32 [U, D], before any codec. Raises ShapeError for a user without events.
         """
         events = self.featuriser.events(table, offsets).latest(self.config.history_limit).to(self.device)
+        if self._is_packed:
+            if self._packed is None:
+                self._packed = PackedEncoder(self.encoder)
+            packed_state: NDArray[np.float32] = self._packed.states(events).cpu().numpy()
+            return packed_state
         with self._compute():
             state: NDArray[np.float32] = self.encoder.states(events).cpu().numpy()
         return state
+
+    @property
+    def _is_packed(self) -> bool:
+        """Whether CUDA graphs over batches of fixed size encode: in bfloat16, encoders of the kind they know."""
+        is_half = self.device.type == "cuda" and self.manifest.compute_dtype == "bfloat16"
+        return is_half and is_supported(self.encoder)
 
     def _compute(self) -> contextlib.AbstractContextManager[Any]:
         if self.manifest.compute_dtype == "bfloat16":
@@ -336,7 +372,20 @@ class Release:
     def golden_items(self) -> GoldenItems:
         """The golden rows of the item table."""
         _, items = _split_golden(self._golden)
-        return GoldenItems(np.array(items["item_row"].to_pylist(), np.int64), _matrix(items["embedding"]))
+        rows, embeddings = np.array(items["item_row"].to_pylist(), np.int64), _matrix(items["embedding"])
+        if self.manifest.scorer is None:
+            return GoldenItems(rows, embeddings)
+        return GoldenItems(rows, embeddings, _matrix(items["scalars"]), _matrix(items["logits"]))
+
+    @torch.inference_mode()
+    def _golden_logits(
+        self, user_UE: NDArray[np.float32], embedding_GE: NDArray[np.float32], scalar_GS: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """f32 [G, U]: every golden user with every golden item."""
+        feature_GF = np.concatenate([embedding_GE, scalar_GS], 1)
+        user, feature = (torch.from_numpy(value).to(self.device) for value in (user_UE, feature_GF))
+        logits: NDArray[np.float32] = self.scorer.logits(user, feature)[:, 0].T.cpu().numpy()
+        return logits
 
     def _answered(
         self, state_UD: NDArray[np.float32], history_until_us: Sequence[int | None]
@@ -359,6 +408,12 @@ class Release:
             items = self.golden_items()
             table_rows = self.item_table[torch.from_numpy(items.row_G).to(self.device)].cpu().numpy()
             differences["items"] = _largest_difference(table_rows, items.embedding_GE)
+        if self._scorer is not None:
+            items = self.golden_items()
+            assert items.scalar_GS is not None
+            assert items.logit_GU is not None
+            found = self._golden_logits(users.embedding_UE, items.embedding_GE, items.scalar_GS)
+            differences["scores"] = _largest_difference(found, items.logit_GU)
         return GoldenReport(GOLDEN_TOLERANCE[self.manifest.compute_dtype], differences)
 
 
@@ -422,6 +477,7 @@ class Registry:
         Raises CheckpointError on a missing or altered file, GoldenMismatch where outputs differ on this machine.
         """
         manifest = self.manifest(release_id)
+        parts = [part for part in parts if part != "scorer" or manifest.scorer is not None]
         names = [f"{part}.safetensors" for part in parts]
         data = {
             name: self._checked(manifest, name)
@@ -438,6 +494,8 @@ class Registry:
                 built["head"] = build_head(featuriser)
             if "items" in parts:
                 built["items"] = ItemTower(manifest.config, ItemEmbedder(manifest.config, manifest.shape))
+            if "scorer" in parts and manifest.scorer is not None:
+                built["scorer"] = InteractionScorer.of(manifest.scorer, manifest.config.embedding_dim)
         for part, module in built.items():
             if module is not None:
                 module.load_state_dict(safetensors.torch.load(data[f"{part}.safetensors"]), assign=True)
@@ -453,6 +511,13 @@ class Registry:
             if not report.passed:
                 raise GoldenMismatch(f"release {release_id} is refused: {report}")
         return release
+
+    def catalogue(self, release_id: str) -> pa.Table:
+        """item_id and the declared item columns, in the order of item rows; the file is held to its fingerprint.
+
+        Raises CheckpointError.
+        """
+        return pq.read_table(io.BytesIO(self._checked(self.manifest(release_id), "catalogue.parquet")))
 
     def _read(self, release_id: str, name: str) -> bytes:
         if not re.fullmatch(r"[\w.-]+", release_id) or release_id.startswith("."):
@@ -482,12 +547,14 @@ class Registry:
         metrics: Mapping[str, float] | None = None,
         base: str | None = None,
         lineage: Lineage | None = None,
+        scorer: tuple[ScorerConfig, InteractionScorer] | None = None,
     ) -> Manifest:
         """Write a release of a trained tower; it appears whole or not at all.
 
         items: item_id and the declared item columns. base: for a head-only retrain, the release whose encoder was
-        kept; its state version carries over. lineage: the training run it comes from.
-        Raises CheckpointError where the encoder is not the base's after all.
+        kept; its state version carries over. lineage: the training run it comes from. scorer: what scores its items,
+        one task; None means the dot product. The embedding version covers it.
+        Raises CheckpointError where the encoder is not the base's after all, ConfigError for a scorer of other widths.
         """
         tower = tower.eval()
         featuriser = tower.featuriser
@@ -505,7 +572,7 @@ class Registry:
             "vocabularies.json": vocabularies,
         }
         item_ids = _digest(_parquet(catalogue.select(["item_id"])))
-        fingerprints = {
+        fingerprints: dict[str, str] = {
             "encoder": _fingerprint(tower.encoder),
             "head": _fingerprint(tower.head),
             "items": _fingerprint(tower.items),
@@ -513,6 +580,13 @@ class Registry:
             "state_sources": _sources(_STATE_SOURCES),
             "embedding_sources": _sources(_EMBEDDING_SOURCES),
         }
+        scorer_config = None
+        if scorer is not None:
+            scorer_config, module = scorer
+            data["scorer.safetensors"] = _weights(module)
+            fingerprints["scorer"] = _fingerprint(module)
+            fingerprints["scorer_config"] = _version(scorer_config.to_dict())
+            fingerprints["scorer_sources"] = _sources(_SCORER_SOURCES)
         if base is not None:
             # The base's golden states hold under today's sources, or it would not have loaded; its name stays.
             before = self.manifest(base).fingerprints
@@ -545,6 +619,7 @@ class Registry:
             metrics=dict(metrics or {}),
             libraries=library_versions(),
             lineage=lineage,
+            scorer=scorer_config,
         )
         release = _in_memory(manifest, featuriser, data)
         data["golden.parquet"] = _parquet(_make_golden(release))
@@ -817,10 +892,17 @@ def _sync(path: str) -> None:
 def _in_memory(manifest: Manifest, featuriser: Featuriser, data: Mapping[str, bytes]) -> Release:
     """The release as a reader of its files will see it, on the CPU."""
     tower = HybridTower.empty(featuriser, manifest.shape)
-    for part in ALL_PARTS:
+    for part in TOWER_PARTS:
         getattr(tower, part).load_state_dict(safetensors.torch.load(data[f"{part}.safetensors"]))
+    scorer = None
+    if manifest.scorer is not None:
+        scorer = InteractionScorer.of(manifest.scorer, manifest.config.embedding_dim)
+        try:
+            scorer.load_state_dict(safetensors.torch.load(data["scorer.safetensors"]))
+        except RuntimeError as error:
+            raise ConfigError(f"the scorer is not of the shape that its config and the tower's say: {error}") from None
     device = torch.device("cpu")
-    return Release(manifest, featuriser, pa.table({}), device, tower.encoder, tower.head, tower.items)
+    return Release(manifest, featuriser, pa.table({}), device, tower.encoder, tower.head, tower.items, scorer)
 
 
 # Golden inputs: histories and contexts drawn from the release's own vocabularies, so that they hold no user's data.
@@ -883,7 +965,13 @@ def _make_golden(release: Release) -> pa.Table:
     table = table.append_column("state", _lists(states)).append_column("embedding", _lists(embeddings))
     rows = np.unique(random.integers(0, featuriser.num_rows, _GOLDEN_ITEMS))
     assert release.item_table is not None
-    items = pa.table({"item_row": rows, "embedding": _lists(release.item_table[torch.from_numpy(rows)].numpy())})
+    item_GE = release.item_table[torch.from_numpy(rows)].numpy()
+    items = pa.table({"item_row": rows, "embedding": _lists(item_GE)})
+    if release.manifest.scorer is not None:
+        shape = (len(rows), release.manifest.scorer.scalars)
+        scalars = np.random.default_rng(20_201_204).standard_normal(shape).astype(np.float32)
+        logits = release._golden_logits(embeddings, item_GE, scalars)
+        items = items.append_column("scalars", _lists(scalars)).append_column("logits", _lists(logits))
     return pa.concat_tables([table, items], promote_options="default")
 
 

@@ -28,7 +28,8 @@ other results on this machine is refused, and the one that serves stays. While i
 (<registry>/leases) that names what it has loaded; a registry that cannot be written is told in log and metrics.
 
 Retrieve (hybridtower.v1.Recommender) searches the items of the answering release's own embedding version. Until
-`tower-release prepare` has written them, Embed works and Retrieve says FAILED_PRECONDITION.
+`tower-release prepare` has written them, Embed works and Retrieve says FAILED_PRECONDITION. Item updates, and
+events for releases with live item features, come over Redis (`tower-feed`); a log line says how far back events reach.
 
 SIGTERM or SIGINT: health says NOT_SERVING at once; requests are still taken for --notice-s, so that load balancers can
 look away; then requests in progress get --drain-s to end.
@@ -63,6 +64,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--policy", choices=POLICIES, default="cold_start",
         help="without a usable state and where the request does not say: answer from the learned cold-start state, "
         "flagged, or fail (default: %(default)s)")  # fmt: skip
+    add("--device", default="cpu",
+        help="where the item index is searched: cpu, cuda or cuda:N (default: %(default)s)")  # fmt: skip
+    add("--live-hours", type=float, default=168.0, metavar="H",
+        help="how long events count for releases with live item features; `tower-feed events --keep-h` as long "
+        "(default: %(default)s)")  # fmt: skip
+    add("--live-events", type=int, default=5_000_000, metavar="N",
+        help="most events kept to be counted, the latest (default: %(default)s)")  # fmt: skip
     add("--deadline-ms", type=float, default=250.0, metavar="MS",
         help="for requests that set no deadline (default: %(default)s)")  # fmt: skip
     add("--store-timeout-ms", type=float, default=50.0, metavar="MS",

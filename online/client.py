@@ -1,7 +1,7 @@
 """A small typed client of the services UserTower and Recommender."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -40,7 +40,7 @@ class Retrieval:
     item_ids: list[Id]
     """Best first."""
     scores: NDArray[np.float32]
-    """f32 [K]: dot products of the user's and the items' embeddings."""
+    """f32 [K]: dot products of the user's and the items' embeddings, or what else ScoredItem.score is."""
     answer: str
     reason: str
     release_id: str
@@ -50,6 +50,36 @@ class Retrieval:
     index_embedding_version: str
     """Of the index that was searched; always equal to embedding_version."""
     state_age_us: int
+    index_revision: int
+    """Updates the index had seen; each server counts for itself."""
+    counts_since_us: int = 0
+    """Of a release with live item features: the events of this span were counted."""
+    counts_until_us: int = 0
+    counts_are_short: bool = False
+    """The span is shorter than the longest window, or ends too long ago."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """What Retrieve may show, see RetrieveRequest in tower.proto; the default asks for nothing."""
+
+    required: Mapping[str, Sequence[str | int]] = field(default_factory=dict)
+    """Field (category, country, language) -> names or bits, of which an item has at least one."""
+    forbidden: Mapping[str, Sequence[str | int]] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Attribute -> (least, most), both included; None for an open end."""
+    min_budget: float = 0.0
+    seen: Sequence[Id] = ()
+    blocked: Sequence[Id] = ()
+    bid_power: float = 0.0
+    advertiser_cap: int | None = None
+    category_cap: int | None = None
+    exploration_share: float = 0.0
+    exploration_window: int = 0
+    seed: int = 0
+
+
+NO_RULES = Rules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +168,14 @@ class UserTowerClient:
         context: Context | None = None,
         *,
         k: int = 0,
+        rules: Rules = NO_RULES,
         policy: str | None = None,
         expected_embedding_version: str = "",
         accept_previous_release: bool = False,
     ) -> Retrieval:
-        """The k best items for one user; 0 for the server's default. The rest is as for `embed`."""
+        """The k best items that the rules allow; 0 for the server's default. The rest is as for `embed`."""
         query = EmbedQuery(user_id, context, policy, expected_embedding_version, accept_previous_release)
-        return _retrieval(self._retrieve(pb.RetrieveRequest(query=write_query(query), k=k), timeout=self._timeout_s))
+        return _retrieval(self._retrieve(write_retrieve(query, k, rules), timeout=self._timeout_s))
 
     def close(self) -> None:
         """Close the channel."""
@@ -168,6 +199,32 @@ def write_query(query: EmbedQuery) -> pb.EmbedRequest:
         expected_embedding_version=query.expected_embedding_version,
         accept_previous_release=query.accept_previous_release,
     )
+
+
+def write_retrieve(query: EmbedQuery, k: int = 0, rules: Rules = NO_RULES) -> pb.RetrieveRequest:
+    """Query and rules as a RetrieveRequest."""
+    return pb.RetrieveRequest(
+        query=write_query(query),
+        k=k,
+        required={name: _values(values) for name, values in rules.required.items()},
+        forbidden={name: _values(values) for name, values in rules.forbidden.items()},
+        ranges={name: pb.Range(least=least, most=most) for name, (least, most) in rules.ranges.items()},
+        min_budget=rules.min_budget,
+        seen=map(_id, rules.seen),
+        blocked=map(_id, rules.blocked),
+        bid_power=rules.bid_power,
+        advertiser_cap=rules.advertiser_cap,
+        category_cap=rules.category_cap,
+        exploration_share=rules.exploration_share,
+        exploration_window=rules.exploration_window,
+        seed=rules.seed,
+    )
+
+
+def _values(values: Sequence[str | int]) -> pb.Values:
+    return pb.Values(
+        names=[v for v in values if isinstance(v, str)], bits=[v for v in values if isinstance(v, int)]
+    )  # fmt: skip
 
 
 def write_context(context: Context) -> pb.Context:
@@ -214,4 +271,8 @@ def _retrieval(reply: pb.RetrieveReply) -> Retrieval:
         embedding_version=reply.embedding_version,
         index_embedding_version=reply.index_embedding_version,
         state_age_us=reply.state_age_us,
+        index_revision=reply.index_revision,
+        counts_since_us=reply.counts_since_us,
+        counts_until_us=reply.counts_until_us,
+        counts_are_short=reply.counts_are_short,
     )

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from time import monotonic
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from feature_repo import layout
 from model.errors import StoreUnavailable, TowerError
 from model.records import Context, Id
+from model.retrieval.rules import Plan
 from online import guard
 from online.errors import DeadlineExceeded, RequestError
 from online.guard import Answer, Limits, Verdict
+from online.items import NO_WISHES, Found, Wishes
 from online.residents import Resident, ResidentSet
 from online.stores import StateStore
 
@@ -50,12 +51,10 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """The best items of one user, best first, and the embedding they were searched with."""
+    """The best items of one user, and the embedding they were searched with."""
 
     answered: Answered
-    index_embedding_version: str
-    item_ids: list[Id]
-    score_K: NDArray[np.float32]
+    found: Found
 
 
 def process_batch(
@@ -132,18 +131,20 @@ def process_batch(
 
 def retrieve(
     request: Request,
-    k: int,
+    plan: Plan,
     residents: ResidentSet,
     store: StateStore,
     *,
+    wishes: Wishes = NO_WISHES,
     now_us: int,
     store_timeout_s: float,
     max_state_age_us: int | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> Retrieved:
-    """The k best items by an embedding made as process_batch makes it, from the answering release's own index.
+    """The best items by an embedding made as process_batch makes it, from the answering release's own index.
 
-    Raises the errors of process_batch, and StateMismatch where no release that the caller accepts has an index.
+    Raises the errors of process_batch, StateMismatch where no release that the caller accepts has an index, and
+    RequestError for wishes that the answering one does not know.
     """
     searchable = guard.searchable(
         residents,
@@ -166,9 +167,7 @@ def retrieve(
         raise DeadlineExceeded(f"the deadline passed {late_s * 1e3:.1f} ms before the search")
     index = answered.resident.index
     assert index is not None, "searchable releases have an index"
-    found = index.search(answered.embedding_E[None], k)
-    item_ids = index.item_ids.take(pa.array(found.row_BK[0])).to_pylist()
-    return Retrieved(answered, index.embedding_version, item_ids, found.score_BK[0])
+    return Retrieved(answered, index.search(answered.embedding_E, plan, wishes, request.context, now_us))
 
 
 def _embed(rows: Sequence[tuple[int, Verdict]], requests: Sequence[Request]) -> NDArray[np.float32]:

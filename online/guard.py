@@ -14,8 +14,8 @@ import numpy as np
 
 from feature_repo import layout
 from model.errors import StateMismatch, StoreUnavailable
-from model.item_index import ItemIndex
 from model.records import UserState
+from online.items import ServedItems
 from online.residents import Crossing, Resident, ResidentSet, Role, View
 
 MAX_CLOCK_SKEW_US = 300_000_000
@@ -211,7 +211,7 @@ def _over_a_bridge(values: Values, resident: Resident, limits: Limits) -> UserSt
     return None
 
 
-def index_matches(resident: Resident, index: ItemIndex) -> bool:
+def index_matches(resident: Resident, index: ServedItems) -> bool:
     """The index holds items of the space that the release's user embeddings live in."""
     return index.embedding_version == resident.embedding_version
 
@@ -222,10 +222,7 @@ def searchable(
     """The set with only those releases that the caller accepts and that have a matching index: `decide` picks among
     them. Raises StateMismatch where there is none."""
     accepted = residents.candidates(expected_embedding_version, accept_previous)
-    plain = [r for r in accepted if not r.config.live_windows_h]
-    if accepted and not plain:
-        raise StateMismatch("the release scores live item features, which this service does not hold yet")
-    matching = tuple(r for r in plain if r.index is not None and index_matches(r, r.index))
+    matching = tuple(r for r in accepted if r.index is not None and index_matches(r, r.index))
     if not matching:
         wanted = expected_embedding_version or " or ".join(r.embedding_version for r in accepted)
         there = ", ".join(f"{r.embedding_version} ({r.role.value}, {_items(r.index)})" for r in residents.residents)
@@ -233,5 +230,5 @@ def searchable(
     return replace(residents, residents=matching)
 
 
-def _items(index: ItemIndex | None) -> str:
+def _items(index: ServedItems | None) -> str:
     return "no items" if index is None else f"items of {index.embedding_version}"

@@ -3,8 +3,9 @@
     hybrid_tower:items:{<embedding_version>}          the stream: number, kind, data (Parquet bytes)
     hybrid_tower:items:{<embedding_version>}:number   how many updates were ever appended
 
-Redis trims streams and a reader is not told what it missed, so every update carries a number, given in the same step
-that appends it. A reader that finds a number missing stops: its index lacks an update, and must be built anew.
+Every update carries a number (`online.stream`). Where one is missing, the index lacks an update: a strict reader stops,
+for the index must be built anew; a server counts what was lost and goes on, since each update holds values, not
+differences, and is right for its own items whatever came before.
 """
 
 import io
@@ -17,22 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import redis
 import torch
-from redis.exceptions import RedisError
 
 from model.errors import DataError, IndexBusy, IndexMismatch, ShapeError, StoreUnavailable
 from model.retrieval.index import LiveIndex
 from model.retrieval.rows import Deltas, ItemId, ItemRows, read_rows, write_rows
+from online.stream import Entry, append, read
 
 log = logging.getLogger(__name__)
 
-BATCH = 100
-"""Most updates read at once."""
 RETRY_S = 0.5
-_APPEND = """
-local number = redis.call('INCR', KEYS[2])
-redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[3], '*', 'number', number, 'kind', ARGV[1], 'data', ARGV[2])
-return number
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +48,7 @@ def stream_key(embedding_version: str) -> str:
 def send(client: redis.Redis, update: Update, *, keep: int = 100_000) -> int:
     """Append an update; its number. keep: about how many of the latest updates stay. Raises StoreUnavailable."""
     kind, data = pack(update)
-    key = stream_key(update.embedding_version)
-    try:
-        number: Any = client.eval(_APPEND, 2, key, f"{key}:number", kind, data, str(keep))
-    except RedisError as error:
-        raise StoreUnavailable(f"the update was not sent: {type(error).__name__}: {error}") from error
-    return int(number)
+    return append(client, stream_key(update.embedding_version), {"kind": kind, "data": data}, keep=keep)
 
 
 def pack(update: Update) -> tuple[str, bytes]:
@@ -94,6 +83,13 @@ def unpack(kind: str, data: bytes) -> Update:
     raise DataError(f"updates are upsert, change or delete, got {kind!r}")
 
 
+def check_id_type(index: LiveIndex, update: Update) -> None:
+    """Raises DataError for items that are named by another kind of id than those of the index."""
+    there = index.item_ids(0, 1)
+    if there and update.item_ids and type(update.item_ids[0]) is not type(there[0]):
+        raise DataError(f"item ids are {type(there[0]).__name__} here, got {update.item_ids[0]!r}")
+
+
 def apply(index: LiveIndex, update: Update) -> None:
     """Apply an update. Raises IndexMismatch, DataError, ShapeError, IndexBusy."""
     if isinstance(update, ItemRows):
@@ -107,30 +103,29 @@ def apply(index: LiveIndex, update: Update) -> None:
 class ItemFeed:
     """Follows the stream of an index's embedding_version. One thread at a time."""
 
-    def __init__(self, client: redis.Redis, index: LiveIndex, *, entry: str = "0-0", number: int = 0) -> None:
+    def __init__(
+        self, client: redis.Redis, index: LiveIndex, *, entry: str = "0-0", number: int = 0, is_strict: bool = True
+    ) -> None:
         """entry, number: the last update that the index holds already; by default none.
 
+        is_strict: stop where updates were lost; else count them and go on.
         The client's socket time-out must be longer than the waits asked of `step`.
         """
         self._client, self._index = client, index
+        self._is_strict = is_strict
         self.entry, self.number = entry, number
-        self.applied = self.refused = 0
+        self.applied = self.refused = self.lost = 0
 
     def step(self, wait_ms: int = 1000) -> int:
         """Apply what there is, waiting at most so long for it; how many updates were read.
 
         An update that cannot be applied (broken, of another version) is counted, logged and passed over.
-        Raises DataError where updates were lost, StoreUnavailable, IndexBusy; the next call takes up where this ended.
+        Raises DataError where updates were lost (if strict), StoreUnavailable, IndexBusy; the next call takes up where
+        this ended.
         """
-        try:
-            answer: Any = self._client.xread(
-                {stream_key(self._index.embedding_version): self.entry}, count=BATCH, block=wait_ms
-            )
-        except RedisError as error:
-            raise StoreUnavailable(f"item updates cannot be read: {type(error).__name__}: {error}") from error
-        entries = answer[0][1] if answer else []
-        for entry, fields in entries:
-            self._take(entry.decode(), fields)
+        entries = read(self._client, stream_key(self._index.embedding_version), self.entry, wait_ms)
+        for entry in entries:
+            self._take(entry)
         return len(entries)
 
     def run(self, stop: threading.Event) -> None:
@@ -142,20 +137,32 @@ class ItemFeed:
                 log.warning("item feed: %s; trying again", error)
                 stop.wait(RETRY_S)
 
-    def _take(self, entry: str, fields: dict[bytes, bytes]) -> None:
-        number = int(fields.get(b"number", b"-1"))
-        if number != self.number + 1:
-            raise DataError(
-                f"the index holds item updates up to number {self.number}, the stream goes on at {number}: "
-                "those between are lost, build the index anew"
+    def _take(self, entry: Entry) -> None:
+        lost = 0
+        if entry.number < 0 and not self._is_strict:
+            self.refused += 1
+            self.entry = entry.id
+            log.error("an entry of the item stream is passed over: it has no number")
+            return
+        if entry.number != self.number + 1:
+            gap = (
+                f"the index holds item updates up to number {self.number}, the stream goes on at {entry.number}: "
+                "those between are lost"
             )
+            if self._is_strict:
+                raise DataError(f"{gap}, build the index anew")
+            lost = max(1, entry.number - self.number - 1)
+            log.error("%s; going on with those that follow", gap)
         try:
-            apply(self._index, unpack(fields.get(b"kind", b"").decode(), fields.get(b"data", b"")))
+            update = unpack(entry.fields.get(b"kind", b"").decode(errors="replace"), entry.fields.get(b"data", b""))
+            check_id_type(self._index, update)
+            apply(self._index, update)
             self.applied += 1
         except (DataError, ShapeError, IndexMismatch) as error:
             self.refused += 1
-            log.error("item update %d is passed over: %s", number, error)
-        self.entry, self.number = entry, number
+            log.error("item update %d is passed over: %s", entry.number, error)
+        self.lost += lost
+        self.entry, self.number = entry.id, entry.number
 
 
 def _id_array(item_ids: list[ItemId]) -> pa.Array:

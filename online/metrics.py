@@ -1,13 +1,20 @@
 """What the service tells Prometheus. One registry a process, so that tests and workers do not share counters."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from wsgiref.simple_server import WSGIServer
 
 import prometheus_client as prom
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from model.leases import Lease
+from model.live_search import Counted
 from online.canary import FAILED, PASSED, Check
 from online.engine import Answered
+from online.event_feed import EventFeed
+from online.feeds import Following
 from online.residents import ResidentSet
 
 _LATENCY_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -72,6 +79,8 @@ class Metrics:
             "tower_canary_as_of_seconds", "As-of time of the oldest canary row: how far publishing has come.",
             ["release"], registry=self.registry,
         )  # fmt: skip
+        self._following: list[Following] = []
+        self.registry.register(_Feeds(lambda: self._following))
         self._row_counters: dict[tuple[str, str, str], prom.Counter] = {}
         self._latencies = {method: self._latency.labels(method) for method in ("Embed", "EmbedBatch", "Retrieve")}
 
@@ -109,7 +118,11 @@ class Metrics:
         for r in residents.residents:
             self._releases.labels(r.release_id, r.role.value, r.state_version, r.embedding_version).set(1)
             if r.index is not None:
-                self._items.labels(r.release_id).set(len(r.index.item_ids))
+                self._items.labels(r.release_id).set_function(partial(len, r.index.index))
+
+    def fed(self, following: list[Following]) -> None:
+        """Show the feeds there are; their values are read whenever somebody asks."""
+        self._following = following
 
     def lease_written(self, lease: Lease) -> None:
         """Show how long the lease lasts."""
@@ -137,3 +150,60 @@ class Metrics:
         """Answer GET /metrics from a thread of its own; port 0 picks a free one (`server_port`)."""
         server, _ = prom.start_http_server(port, addr=host, registry=self.registry)
         return server
+
+
+_Figure = tuple[str, str, Callable[[Following, float], float]]
+
+_GAUGES: tuple[_Figure, ...] = (
+    ("tower_index_revision", "Updates that the item index has seen.", lambda f, _: f.items.index.revision),
+    ("tower_index_lag_seconds", "Since the item updates were last read to their end.",
+     lambda f, now_s: now_s - f.updates_until_us * 1e-6),
+)  # fmt: skip
+_COUNTERS: tuple[_Figure, ...] = (
+    ("tower_index_updates", "Item updates applied.", lambda f, _: f.updates.applied),
+    ("tower_index_updates_refused", "Item updates that could not be applied.", lambda f, _: f.updates.refused),
+    ("tower_index_updates_lost", "Item updates trimmed before they were read.", lambda f, _: f.updates.lost),
+)
+_Live = tuple[str, str, Callable[[EventFeed, Counted, float], float]]
+_LIVE_GAUGES: tuple[_Live, ...] = (
+    ("tower_live_events", "Events that are kept to be counted.", lambda events, *_: events.kept),
+    ("tower_live_since_seconds", "Unix time from which on all events are counted.", lambda _, c, __: c.since_us * 1e-6),
+    ("tower_live_until_seconds", "Unix time up to which they are counted.", lambda _, c, __: c.until_us * 1e-6),
+    ("tower_live_short", "1 while they do not fill the longest window.", lambda _, c, __: c.is_short),
+    ("tower_live_lag_seconds", "Since the events were last read to their end.",
+     lambda events, _, now_s: now_s - events.read_until_us * 1e-6),
+)  # fmt: skip
+
+
+class _Feeds(Collector):
+    """What the feeds of each index have come to, read whenever somebody asks."""
+
+    def __init__(self, following: Callable[[], list[Following]]) -> None:
+        self._following = following
+
+    def collect(self) -> Iterator[Metric]:
+        """See prometheus_client."""
+        now_s, label = time.time(), ["embedding_version"]
+        following = [(each.items.embedding_version, each) for each in self._following()]
+        for kind, figures in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, told, read in figures:
+                family = kind(name, told, labels=label)
+                for version, each in following:
+                    family.add_metric([version], read(each, now_s))
+                yield family
+        live = [(v, f.events, f.items.counted) for v, f in following if f.events and f.items.counted]
+        for name, told, read_live in _LIVE_GAUGES:
+            family = GaugeMetricFamily(name, told, labels=label)
+            for version, events, counted in live:
+                family.add_metric([version], read_live(events, counted, now_s))
+            yield family
+        lost = CounterMetricFamily("tower_live_entries_lost", "Entries of events trimmed before read.", labels=label)
+        refused = CounterMetricFamily(
+            "tower_live_events_refused", "Events that are not counted.", labels=[*label, "reason"]
+        )  # fmt: skip
+        for version, events, _ in live:
+            lost.add_metric([version], events.lost)
+            for reason, count in events.refused.copy().items():
+                refused.add_metric([version, reason], count)
+        yield lost
+        yield refused

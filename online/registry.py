@@ -13,7 +13,9 @@ from model.canary import canaries
 from model.errors import CheckpointError, GoldenMismatch, TowerError
 from model.item_index import ItemIndex, check_golden, has_snapshot, read_snapshot
 from model.release import Pointer, Registry, Release
+from model.retrieval.scalars import counting_config
 from online.head import ServingHead
+from online.items import LiveModel, ServedItems
 from online.residents import Head, Loaded, Manifest, ResidentSet, Role, resident_set
 
 log = logging.getLogger(__name__)
@@ -21,14 +23,39 @@ log = logging.getLogger(__name__)
 _RETRY_AFTER_S = 10.0
 
 
-def load_release(registry: Registry, release_id: str, make_head: Callable[[Release], Head] = ServingHead) -> Loaded:
-    """A release as the service needs it, without its items. Raises CheckpointError, GoldenMismatch, OSError."""
-    release = registry.load(release_id, parts=("head", "items"), replay=True)
-    head = make_head(release)
-    return Loaded(release.manifest, head, tuple(canaries(release)), lambda index: check_golden(index, release))
+def load_release(
+    registry: Registry, release_id: str, make_head: Callable[[Release], Head] = ServingHead, device: str = "cpu"
+) -> Loaded:
+    """A release as the service needs it, without its items. Raises CheckpointError, GoldenMismatch, OSError.
+
+    device: of the index that will be made of its items.
+    """
+    release = registry.load(release_id, parts=("head", "items", "scorer"), replay=True)
+    description, config, scoring = release.manifest.description, release.manifest.config, release.manifest.scorer
+    scorer = None if scoring is None else release.scorer
+    live = None
+    if config.live_windows_h:
+        live = LiveModel(release.items, config, description)
+    elif scoring is not None and scoring.scalars:
+        live = LiveModel(release.items, counting_config(scoring, config), description, scorer)
+    make_index = partial(
+        ServedItems.of_snapshot,
+        description=description,
+        catalogue=registry.catalogue(release_id) if description.item_rules else None,
+        live=live,
+        scorer=scorer,
+        device=device,
+    )
+    return Loaded(
+        release.manifest,
+        make_head(release),
+        tuple(canaries(release)),
+        lambda snapshot: check_golden(snapshot, release),
+        make_index,
+    )
 
 
-def _load_index(registry: Registry, embedding_version: str) -> ItemIndex | None:
+def _load_snapshot(registry: Registry, embedding_version: str) -> ItemIndex | None:
     """The items of a version; None where there is no snapshot. Raises CheckpointError, OSError."""
     return read_snapshot(registry, embedding_version) if has_snapshot(registry, embedding_version) else None
 
@@ -71,13 +98,16 @@ class Follower:
         on_change: Callable[[ResidentSet], None] = lambda residents: None,
         on_refusal: Callable[[str, str], None] = lambda release_id, kind: None,
         load: Callable[[str], Loaded] | None = None,
-        load_index: Callable[[str], ItemIndex | None] | None = None,
+        load_snapshot: Callable[[str], ItemIndex | None] | None = None,
+        feed: Callable[[ServedItems], None] = lambda index: None,
+        end_feed: Callable[[ServedItems], None] = lambda index: None,
     ) -> None:
         """before_change: told each new set before a request can see it; on_change: afterwards.
 
         on_refusal: told (release id or "", kind) of what was not taken: golden, checkpoint, item_index, bridge,
-        lower_epoch or registry. load, load_index: a release by its id and items by their embedding version; the
-        registry's by default.
+        lower_epoch or registry. load, load_snapshot: a release by its id and items by their embedding version; the
+        registry's by default. feed: told each new index before a request can see it, to bring and keep it up to date;
+        end_feed: told when no new request will see it.
         """
         self.current: ResidentSet | None = None
         """The set to pin; None until the first release is loaded. Replaced, never changed."""
@@ -88,9 +118,12 @@ class Follower:
         self._before_change, self._on_change = before_change, on_change
         self._on_refusal = on_refusal
         self._load_new = load or partial(load_release, registry)
-        self._load_new_index = load_index or partial(_load_index, registry)
+        self._load_snapshot = load_snapshot or partial(_load_snapshot, registry)
+        self._feed, self._end_feed = feed, end_feed
         self._loaded: dict[str, Loaded] = {}
-        self._indexes: dict[str, ItemIndex] = {}
+        self._indexes: dict[str, ServedItems] = {}
+        self._checked: set[str] = set()
+        """Releases that were held to the items of their embedding version."""
         self._without_items: set[str] = set()
         self._refused: Pointer | None = None
         self._incomplete = False
@@ -166,13 +199,15 @@ class Follower:
             return
         self._loaded = {name: part for name, part in self._loaded.items() if name in seen}
         versions = {part.manifest.embedding_version for part in self._loaded.values()}
-        self._indexes = {version: index for version, index in self._indexes.items() if version in versions}
+        self._checked &= set(self._loaded)
         self._without_items &= versions
         if pointer == self.pointer and self.current is not None and _is_same(residents, self.current):
             return
         self._before_change(residents)
         self.pointer = pointer
         self.current = residents
+        for version in self._indexes.keys() - versions:
+            self._end_feed(self._indexes.pop(version))
         self._on_change(residents)
         log.info(
             "epoch %d: %s", pointer.epoch, ", ".join(f"{r.role.value} {r.release_id}" for r in residents.residents)
@@ -183,16 +218,21 @@ class Follower:
             self._loaded[release_id] = self._load_new(release_id)
         return self._loaded[release_id]
 
-    def _index(self, part: Loaded) -> ItemIndex | None:
+    def _index(self, part: Loaded) -> ServedItems | None:
         """The items of a release's embedding version, shared by all releases of that version."""
         release_id, version = part.manifest.release_id, part.manifest.embedding_version
         index = self._indexes.get(version)
         try:
-            if index is None:
-                index = self._load_new_index(version)
-            if index is not None:
-                part.check_index(index)
+            if index is not None and release_id in self._checked:
+                return index
+            snapshot = self._load_snapshot(version)
+            if snapshot is not None:
+                part.check_items(snapshot)
+                if index is None:
+                    index = part.make_index(snapshot)
+                    self._feed(index)
                 self._indexes[version] = index
+                self._checked.add(release_id)
                 self._without_items.discard(version)
                 return index
         except (TowerError, OSError) as error:

@@ -23,6 +23,7 @@ from model.errors import CheckpointError
 from model.item_index import ItemIndex
 from model.records import Context
 from model.state_codec import StateCodec
+from online.items import ServedItems
 
 
 class Manifest(Protocol):
@@ -62,9 +63,11 @@ class Loaded:
     manifest: Manifest
     head: Head
     canaries: tuple[Canary, ...] = ()
-    check_index: Callable[[ItemIndex], None] = lambda index: None
-    """Raises CheckpointError for an index that this release must not be searched in."""
-    index: ItemIndex | None = None
+    check_items: Callable[[ItemIndex], None] = lambda snapshot: None
+    """Raises CheckpointError for a snapshot that this release must not be searched in."""
+    make_index: Callable[[ItemIndex], ServedItems] = ServedItems.of_snapshot
+    """The index of a snapshot that passed. Raises DataError."""
+    index: ServedItems | None = None
 
 
 class Role(Enum):
@@ -104,7 +107,7 @@ class Resident:
     config: TowerConfig
     head: Head = field(compare=False)
     view: View
-    index: ItemIndex | None = field(compare=False, default=None)
+    index: ServedItems | None = field(compare=False, default=None)
     """The items of its embedding_version; None where they are not loaded: it embeds, but cannot retrieve."""
     canaries: tuple[Canary, ...] = field(compare=False, default=())
     crossings: "tuple[Crossing, ...]" = field(compare=False, default=())

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from model.errors import ConfigError
 from model.release import Registry, Release
 from online.canary import CanaryWatch
+from online.feeds import Feeds
 from online.head import ServingHead
 from online.leases import LeaseHolder, new_server_id
 from online.metrics import Metrics
@@ -50,19 +51,30 @@ class Server:
         reuse_port: let other processes listen on the same port. Raises ConfigError for files or ports unfit for use.
         """
         torch.set_num_threads(1)  # one core a process; workers multiply
+        if settings.device != "cpu" and not torch.cuda.is_available():
+            raise ConfigError(f"device {settings.device} is asked for, and there is no CUDA here")
         self.settings = settings
         self.ready = threading.Event()
         """Set once a release is loaded."""
         self.metrics = Metrics()
         self.store = RedisStore(settings.redis_url, on_error=self.metrics.store_failed)
         registry = Registry(settings.registry)
+        self.feeds = Feeds(
+            settings.redis_url,
+            live_hours=settings.live_hours,
+            max_events=settings.live_events,
+            on_change=self.metrics.fed,
+            now_us=now_us,
+        )
         self.follower = Follower(
             registry,
             poll_s=settings.poll_ms * 1e-3,
             before_change=lambda residents: self.lease.widen(residents),
             on_change=self._changed,
             on_refusal=lambda release_id, kind: self.metrics.release_refused(kind),
-            load=partial(load_release, registry, make_head=make_head),
+            load=partial(load_release, registry, make_head=make_head, device=settings.device),
+            feed=self.feeds.start,
+            end_feed=self.feeds.stop,
         )
         self._is_draining = False
         self._lock = threading.Lock()
@@ -135,6 +147,7 @@ class Server:
 
     def _close(self) -> None:
         self.follower.stop()
+        self.feeds.close()
         self.canaries.stop()
         self.lease.stop()
         self._metrics_server.shutdown()

@@ -175,9 +175,10 @@ class UserTower(grpc.GenericRpcHandler):  # type: ignore[misc]
             request = self._read(message.query, residents, self._deadline(context))
             retrieved = retrieve(
                 request,
-                wire.read_k(message),
+                wire.read_plan(message),
                 residents,
                 self._store,
+                wishes=wire.read_wishes(message, residents.description.item_id_type),
                 now_us=self._now_us(),
                 store_timeout_s=self._settings.store_timeout_ms * 1e-3,
                 max_state_age_us=self._max_age_us,

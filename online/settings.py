@@ -1,5 +1,6 @@
 """Everything the service is told from outside, read once at start-up."""
 
+import re
 from dataclasses import dataclass
 
 from model.errors import ConfigError
@@ -27,6 +28,12 @@ class Settings:
     """Requests of one process that may wait beyond those being worked on."""
     policy: str = "cold_start"
     """What to do without a usable state when the request does not say."""
+    device: str = "cpu"
+    """Where the item index is: cpu, cuda or cuda:N. Heads stay on the CPU."""
+    live_hours: float = 168.0
+    """How long events count for releases with live item features; as long as senders keep them in the stream."""
+    live_events: int = 5_000_000
+    """Most events that are kept to be counted, the latest; about 100 bytes each."""
     deadline_ms: float = 250.0
     """Time given to a request that sets no deadline."""
     store_timeout_ms: float = 50.0
@@ -54,6 +61,10 @@ class Settings:
         for name in ("port", "metrics_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name} must be in [0, 65535], got {getattr(self, name)}")
+        if not 0 < self.live_hours < float("inf"):
+            raise ConfigError(f"live_hours must be above 0 h, got {self.live_hours}")
+        if self.live_events < 1:
+            raise ConfigError(f"live_events must be at least 1, got {self.live_events}")
         for name in ("deadline_ms", "store_timeout_ms", "poll_ms"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0 ms, got {getattr(self, name)}")
@@ -64,6 +75,8 @@ class Settings:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.max_state_age_s is not None and not self.max_state_age_s > 0:
             raise ConfigError(f"max_state_age_s must be above 0, got {self.max_state_age_s}")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         if (self.tls_cert is None) != (self.tls_key is None):

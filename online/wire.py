@@ -12,11 +12,14 @@ from time import monotonic
 
 import numpy as np
 
+from model.errors import ConfigError
 from model.records import Context, Event, Id, SubjectItem
+from model.retrieval.rules import Plan
 from online.engine import Answered, Request, Retrieved
 from online.errors import RequestError
 from online.generated import tower_pb2 as pb
 from online.guard import Answer
+from online.items import Wishes
 from online.residents import ResidentSet
 
 MAX_ROWS = 1024
@@ -24,6 +27,11 @@ MAX_ROWS = 1024
 MAX_ITEMS = 1000
 """Most items of one Retrieve."""
 DEFAULT_ITEMS = 100
+MAX_WINDOW = 10_000
+"""Most candidates that exploration draws from."""
+MAX_EXCLUDED = 10_000
+"""Most seen and blocked items of one Retrieve."""
+MAX_BID_POWER = 10.0
 MAX_SESSION_EVENTS = 1000
 MAX_SUBJECT_ITEMS = 100
 MAX_TEXT = 1024
@@ -57,11 +65,57 @@ def read_request(
     )
 
 
-def read_k(message: pb.RetrieveRequest) -> int:
-    """How many items are asked for. Raises RequestError."""
+def read_plan(message: pb.RetrieveRequest) -> Plan:
+    """How many items are asked for, under which caps. Raises RequestError."""
     if not 0 <= message.k <= MAX_ITEMS:
         raise RequestError(f"k: wanted 1 to {MAX_ITEMS}, or 0 for {DEFAULT_ITEMS}, got {message.k}")
-    return message.k or DEFAULT_ITEMS
+    if not 0 <= message.exploration_window <= MAX_WINDOW:
+        raise RequestError(f"exploration_window: wanted 0 to {MAX_WINDOW}, got {message.exploration_window}")
+    try:
+        return Plan(
+            k=message.k or DEFAULT_ITEMS,
+            advertiser_cap=message.advertiser_cap if message.HasField("advertiser_cap") else None,
+            category_cap=message.category_cap if message.HasField("category_cap") else None,
+            exploration_share=message.exploration_share,
+            exploration_window=message.exploration_window,
+        )
+    except ConfigError as error:
+        raise RequestError(str(error)) from None
+
+
+def read_wishes(message: pb.RetrieveRequest, item_id_type: str) -> Wishes:
+    """What is wanted of items; whether the answering release knows such values is seen later. Raises RequestError."""
+    excluded = len(message.seen) + len(message.blocked)
+    if excluded > MAX_EXCLUDED:
+        raise RequestError(f"seen and blocked: at most {MAX_EXCLUDED} items together, got {excluded}")
+    if not 0 <= message.bid_power <= MAX_BID_POWER:  # NaN too
+        raise RequestError(f"bid_power: wanted a number in [0, {MAX_BID_POWER:g}], got {message.bid_power}")
+    if not 0 <= message.min_budget < math.inf:
+        raise RequestError(f"min_budget: wanted a finite number, at least 0, got {message.min_budget}")
+    return Wishes(
+        required={name: _values(values) for name, values in message.required.items()},
+        forbidden={name: _values(values) for name, values in message.forbidden.items()},
+        ranges={name: _range(name, span) for name, span in message.ranges.items()},
+        min_budget=message.min_budget,
+        excluded=(
+            *(_read_id(item, item_id_type, "seen") for item in message.seen),
+            *(_read_id(item, item_id_type, "blocked") for item in message.blocked),
+        ),
+        bid_power=message.bid_power,
+        seed=message.seed,
+    )
+
+
+def _values(message: pb.Values) -> list[str | int]:
+    return [*message.names, *message.bits]
+
+
+def _range(name: str, message: pb.Range) -> tuple[float, float]:
+    least = message.least if message.HasField("least") else -math.inf
+    most = message.most if message.HasField("most") else math.inf
+    if not least <= most:  # NaN too
+        raise RequestError(f"ranges[{name!r}]: wanted least at most as large as most, got {least} and {most}")
+    return least, most
 
 
 _EMPTY = Context()
@@ -156,7 +210,7 @@ def write_reply(answered: Answered) -> bytes:
 
 def write_retrieved(retrieved: Retrieved) -> bytes:
     """A serialised RetrieveReply."""
-    answered = retrieved.answered
+    answered, found = retrieved.answered, retrieved.found
     resident = answered.resident
     reply = pb.RetrieveReply(
         release_id=resident.release_id,
@@ -166,9 +220,13 @@ def write_retrieved(retrieved: Retrieved) -> bytes:
         state_age_us=answered.state_age_us,
         answer=_ANSWERS[answered.answer],
         reason=answered.reason,
-        index_embedding_version=retrieved.index_embedding_version,
+        index_embedding_version=found.embedding_version,
+        index_revision=found.revision,
     )
-    for item_id, score in zip(retrieved.item_ids, retrieved.score_K.tolist(), strict=True):
+    if found.counted is not None:
+        reply.counts_since_us, reply.counts_until_us = found.counted.since_us, found.counted.until_us
+        reply.counts_are_short = found.counts_are_short
+    for item_id, score in zip(found.item_ids, found.score_K.tolist(), strict=True):
         item = reply.items.add(score=score)
         if isinstance(item_id, str):
             item.item_id.string_id = item_id

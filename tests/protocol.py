@@ -45,6 +45,7 @@ from model.item_index import FOLDER, ItemIndex, has_snapshot, read_snapshot, wri
 from model.leases import Lease
 from model.records import Context
 from model.release import Manifest, Pointer, Registry
+from model.retrieval.rules import Plan
 from online import guard
 from online.engine import Answered, Request, process_batch, retrieve
 from online.guard import Answer
@@ -353,7 +354,7 @@ class Serving:
             self.registry,
             before_change=lambda residents: self.holder.widen(residents),
             load=self._load,
-            load_index=self._load_index,
+            load_snapshot=self._load_snapshot,
         )
 
     def pin(self) -> ResidentSet | None:
@@ -364,7 +365,7 @@ class Serving:
         release = self.registry.load(release_id)
         return Loaded(release.manifest, TaggedHead(release, self._base_s))
 
-    def _load_index(self, embedding_version: str) -> ItemIndex | None:
+    def _load_snapshot(self, embedding_version: str) -> ItemIndex | None:
         """The version's items, or, mixed up, those of another version that has some."""
         versions = self.registry.names(FOLDER)
         if self.mixes_up_items:
@@ -846,15 +847,15 @@ class World:
             return False
         now_us = (self.site.base_s + 1_000_000) * SECOND_US
         try:
-            found = retrieve(request, 2, at_entry, self.store, now_us=now_us, store_timeout_s=30)
+            found = retrieve(request, Plan(k=2), at_entry, self.store, now_us=now_us, store_timeout_s=30)
         except StateMismatch:
             return False
         self._check_answer(server, found.answered, request, USERS[0], now_us, at_entry)
         resident = found.answered.resident
-        tags = {item // 10 for item in found.item_ids if isinstance(item, int)}
+        tags = {item // 10 for item in found.found.item_ids if isinstance(item, int)}
         is_one = tags == {RELEASES[resident.release_id].number}
-        told = f"{resident.release_id} with items {found.item_ids} of {found.index_embedding_version}"
-        check(is_one and found.index_embedding_version == resident.embedding_version, "items", told)
+        told = f"{resident.release_id} with items {found.found.item_ids} of {found.found.embedding_version}"
+        check(is_one and found.found.embedding_version == resident.embedding_version, "items", told)
         self.site.counts["items"] += 1
         return True
 

@@ -42,19 +42,30 @@ class Tiles:
     """History events between two foldings; a multiple of keys."""
     num_warps: int
     num_stages: int
-    backward_rows: int
-    backward_keys: int
-    backward_warps: int = 8
-    backward_stages: int = 2
+    query_gradient: "BackwardTiles"
+    history_gradient: "BackwardTiles"
     is_split: bool | None = None
     """Whether each chunk has a program of its own; None: where there would be too few programs otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardTiles:
+    """Of a kernel of the backward pass."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
 
 
 def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles of a head: never dependent on how many candidates or events there are."""
     if dtype == torch.float32:
-        return Tiles(32, 32, 2048, num_warps=4, num_stages=2, backward_rows=32, backward_keys=32, backward_warps=4)
-    return Tiles(128, 64, 2048, num_warps=8, num_stages=3, backward_rows=64, backward_keys=64)
+        small = BackwardTiles(32, 32, num_warps=4, num_stages=2)
+        return Tiles(32, 32, 2048, num_warps=4, num_stages=2, query_gradient=small, history_gradient=small)
+    backward = BackwardTiles(64, 64, num_warps=4, num_stages=2)
+    rows, num_warps = (128, 8) if head_dim == 128 else (64, 4)
+    return Tiles(rows, 64, 2048, num_warps, num_stages=3, query_gradient=backward, history_gradient=backward)
 
 
 def choose_forward_tiles(query_THd: torch.Tensor, requests: int, events: int) -> Tiles | HopperTiles:
@@ -179,39 +190,74 @@ def backward(
     history_offsets: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *, tokens: int, tiles: Tiles,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Gradients of query, own keys and values, history keys and values."""
-    num_tokens, heads, channels = query.shape
-    key_heads, requests = key_self.shape[1], len(candidate_offsets) - 1
     out_gradient = _rows_apart(out_gradient)
-    gradients = tuple(
-        torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in (query, key_self, value_self, history_key, history_value)
-    )
-    if not num_tokens:
-        return tuple(gradient.zero_() for gradient in gradients)
-    query_g, key_self_g, value_self_g, history_key_g, history_value_g = gradients
     delta = torch.empty_like(lse)
-    rows, keys = tiles.backward_rows, tiles.backward_keys
-    shared = {
-        "group": heads // key_heads, "scale": channels**-0.5, "D": channels, "ROWS": rows,
-        "num_warps": tiles.backward_warps, "num_stages": tiles.backward_stages,
-    }  # fmt: skip
-    self_pair = (key_self, value_self, key_self.stride(0), value_self.stride(0))
-    pair = (history_key, history_value, history_key.stride(0), history_value.stride(0))
-    queries = (query, query.stride(0), out_gradient, out_gradient.stride(0))
-    _query_gradient_kernel[((num_tokens // rows + requests) * heads,)](
-        *queries, *self_pair, *pair, candidate_offsets, history_offsets, out, lse, delta, query_g,
-        heads=heads, requests=requests, TOKENS=tokens, KEYS=keys, **shared,
-    )  # fmt: skip
-    _self_gradient_kernel[(triton.cdiv(num_tokens, rows) * key_heads,)](
-        *queries, *self_pair, lse, delta, key_self_g, value_self_g, num_tokens,
-        key_heads=key_heads, TOKENS=tokens, **shared,
-    )  # fmt: skip
-    if len(history_key):
-        _history_gradient_kernel[((len(history_key) // keys + requests) * key_heads,)](
-            *queries, *pair, candidate_offsets, history_offsets, lse, delta, history_key_g, history_value_g,
-            key_heads=key_heads, requests=requests, KEYS=keys, **shared,
+    kept = (query, key_self, value_self, history_key, history_value, candidate_offsets, history_offsets)
+    query_g = query_gradient(out_gradient, *kept, out, lse, delta, tokens=tokens, tiles=tiles.query_gradient)
+    own = self_gradients(out_gradient, *kept[:3], lse, delta, tokens=tokens)
+    return query_g, *own, *history_gradients(out_gradient, *kept, lse, delta, tiles=tiles.history_gradient)
+
+
+def query_gradient(
+    out_gradient: torch.Tensor, query: torch.Tensor, key_self: torch.Tensor, value_self: torch.Tensor,
+    history_key: torch.Tensor, history_value: torch.Tensor, candidate_offsets: torch.Tensor,
+    history_offsets: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
+    *, tokens: int, tiles: BackwardTiles,
+) -> torch.Tensor:  # fmt: skip
+    """The query's gradient; fills delta, f32 [T, H], which the others read."""
+    num_tokens, heads, channels = query.shape
+    requests = len(candidate_offsets) - 1
+    gradient = query.new_empty(num_tokens, heads, channels)
+    if num_tokens:
+        _query_gradient_kernel[((num_tokens // tiles.rows + requests) * heads,)](
+            query, query.stride(0), out_gradient, out_gradient.stride(0),
+            key_self, value_self, key_self.stride(0), value_self.stride(0),
+            history_key, history_value, history_key.stride(0), history_value.stride(0),
+            candidate_offsets, history_offsets, out, lse, delta, gradient,
+            heads=heads, group=heads // key_self.shape[1], scale=channels**-0.5, requests=requests, TOKENS=tokens,
+            ROWS=tiles.rows, KEYS=tiles.keys, D=channels, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-    return gradients
+    return gradient
+
+
+def self_gradients(
+    out_gradient: torch.Tensor, query: torch.Tensor, key_self: torch.Tensor, value_self: torch.Tensor,
+    lse: torch.Tensor, delta: torch.Tensor, *, tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of own keys and values."""
+    num_tokens, key_heads, channels = key_self.shape
+    key_g, value_g = (x.new_empty(num_tokens, key_heads, channels) for x in (key_self, value_self))
+    if num_tokens:
+        rows = 32
+        _self_gradient_kernel[(triton.cdiv(num_tokens, rows) * key_heads,)](
+            query, query.stride(0), out_gradient, out_gradient.stride(0),
+            key_self, value_self, key_self.stride(0), value_self.stride(0), lse, delta, key_g, value_g, num_tokens,
+            key_heads=key_heads, group=query.shape[1] // key_heads, scale=channels**-0.5, TOKENS=tokens,
+            ROWS=rows, D=channels, num_warps=4,
+        )  # fmt: skip
+    return key_g, value_g
+
+
+def history_gradients(
+    out_gradient: torch.Tensor, query: torch.Tensor, key_self: torch.Tensor, value_self: torch.Tensor,
+    history_key: torch.Tensor, history_value: torch.Tensor, candidate_offsets: torch.Tensor,
+    history_offsets: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, *, tiles: BackwardTiles,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of history keys and values."""
+    events, key_heads, channels = history_key.shape
+    requests = len(candidate_offsets) - 1
+    key_g, value_g = (x.new_empty(events, key_heads, channels) for x in (history_key, history_value))
+    if not len(query):
+        return key_g.zero_(), value_g.zero_()
+    if events:
+        _history_gradient_kernel[((events // tiles.keys + requests) * key_heads,)](
+            query, query.stride(0), out_gradient, out_gradient.stride(0),
+            history_key, history_value, history_key.stride(0), history_value.stride(0),
+            candidate_offsets, history_offsets, lse, delta, key_g, value_g,
+            key_heads=key_heads, group=query.shape[1] // key_heads, scale=channels**-0.5, requests=requests,
+            ROWS=tiles.rows, KEYS=tiles.keys, D=channels, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+    return key_g, value_g
 
 
 @triton.jit
@@ -448,14 +494,11 @@ def _query_gradient_kernel(
         value_at = history_value + history_begin.to(tl.int64) * history_value_stride + key_head * D
         result = tl.zeros([ROWS, D], tl.float32)
         for start in tl.range(0, length, KEYS):
+            # Places behind the last event read it again, so that no load needs a mask, and get no share.
             event_N = start + tl.arange(0, KEYS)
-            is_event = event_N[:, None] < length
-            key_Nd = tl.load(
-                key_at + event_N[:, None].to(tl.int64) * history_key_stride + channel_d[None, :], is_event, 0.0
-            )
-            value_Nd = tl.load(
-                value_at + event_N[:, None].to(tl.int64) * history_value_stride + channel_d[None, :], is_event, 0.0
-            )
+            at_N = tl.minimum(event_N, length - 1).to(tl.int64)[:, None]
+            key_Nd = tl.load(key_at + at_N * history_key_stride + channel_d[None, :])
+            value_Nd = tl.load(value_at + at_N * history_value_stride + channel_d[None, :])
             nothing = tl.zeros([ROWS, KEYS], tl.float32)
             score_MN = _dot(query_Md, tl.trans(key_Nd), nothing)
             score_MN = tl.math.fma(score_MN, scale * _LOG2_E, -lse_M[:, None])
@@ -549,14 +592,16 @@ def _history_gradient_kernel(
         for member in tl.range(0, group, num_stages=1):
             head = key_head * group + member
             for start in tl.range(begin, end, ROWS):
-                row_M = (start + tl.arange(0, ROWS)).to(tl.int64)
-                is_row_M = row_M < end
-                is_row = is_row_M[:, None]
-                query_Md = tl.load(query + row_M[:, None] * query_stride + head * D + channel_d[None, :], is_row, 0.0)
-                gradient_at = out_gradient + row_M[:, None] * out_gradient_stride + head * D + channel_d[None, :]
-                gradient_Md = tl.load(gradient_at, is_row, 0.0)
-                lse_M = tl.load(lse + row_M * heads + head, is_row_M, float("inf")) * _LOG2_E
-                delta_M = tl.load(delta + row_M * heads + head, is_row_M, 0.0)
+                # Places behind the last token read it again, so that no load needs a mask, and have no share.
+                row_M = start + tl.arange(0, ROWS)
+                at_M = tl.minimum(row_M, end - 1).to(tl.int64)
+                query_Md = tl.load(query + at_M[:, None] * query_stride + head * D + channel_d[None, :])
+                gradient_Md = tl.load(
+                    out_gradient + at_M[:, None] * out_gradient_stride + head * D + channel_d[None, :]
+                )
+                lse_M = tl.load(lse + at_M * heads + head) * _LOG2_E
+                lse_M = tl.where(row_M < end, lse_M, float("inf"))
+                delta_M = tl.load(delta + at_M * heads + head)
                 nothing = tl.zeros([KEYS, ROWS], tl.float32)
                 score_NM = _dot(key_Nd, tl.trans(query_Md), nothing)
                 share_NM = tl.math.exp2(tl.math.fma(score_NM, scale * _LOG2_E, -lse_M[None, :]))

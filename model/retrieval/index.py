@@ -15,10 +15,10 @@ in the order in which items came. Rebuild the index and swap it in to drop the r
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,19 +26,31 @@ from numpy.typing import NDArray
 from torch import nn
 
 from model.errors import IndexBusy, ShapeError
+from model.kernels.interaction_score import ItemFeatures
 from model.retrieval.rows import NONE, Deltas, ItemId, ItemRows, Layout, check_ids, check_version
 from model.retrieval.rules import Plan, Request, Requests
 from model.retrieval.select import Found, select, select_exactly
+
+if TYPE_CHECKING:
+    from model.retrieval.fused import FusedSearches
 
 GROWTH = 1.5
 WAIT_S = 5.0
 """Longest an update waits for requests that still read the table it is to be written into."""
 
 
-class ItemTable(nn.Module):
-    """The catalogue as buffers, one row an item. Raises ShapeError for a dtype that is not float."""
+LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Dtypes of embeddings that are kept with a scale a row, and what a row's largest value becomes."""
+LEAST_SCALE = 1e-30
 
-    feature_NF: torch.Tensor
+
+class ItemTable(nn.Module):
+    """The catalogue as buffers, one row an item.
+
+    Embeddings and scalars are the float columns of `feature_NF`; or embeddings are int8 or float8 (`code_NE`), to be
+    multiplied by their row's scale, and scalars bfloat16 beside them.
+    """
+
     mask_NW: torch.Tensor
     category_N: torch.Tensor
     advertiser_N: torch.Tensor
@@ -52,11 +64,16 @@ class ItemTable(nn.Module):
     def __init__(
         self, layout: Layout, capacity: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
     ) -> None:
-        """capacity: rows there is room for. dtype: of embeddings and scalars, float32, bfloat16 or float64."""
+        """capacity: rows there is room for.
+
+        dtype: of embeddings and scalars, float32, bfloat16 or float64; or of embeddings, int8 or float8_e4m3fn.
+        Raises ShapeError for another one.
+        """
         super().__init__()
-        if not dtype.is_floating_point:
-            raise ShapeError(f"embeddings and scalars must be of a float dtype, got {dtype}")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float64, *LARGEST_CODE):
+            raise ShapeError(f"rows must be float32, bfloat16, float64, int8 or float8_e4m3fn, got {dtype}")
         self.layout = layout
+        self.dtype = dtype
         self.count = 0
         """High-water mark: rows ever used, deleted ones included."""
 
@@ -64,7 +81,12 @@ class ItemTable(nn.Module):
             shape = (capacity,) if width is None else (capacity, width)
             self.register_buffer(name, torch.full(shape, fill, dtype=kind, device=device))
 
-        room("feature_NF", layout.features, 0, dtype)
+        if dtype in LARGEST_CODE:
+            room("code_NE", layout.embedding_dim, 0, torch.int8)  # float8 as its bits: few operations take it
+            room("scalar_NS", layout.scalars, 0, torch.bfloat16)
+            room("scale_N", None, 1, torch.float32)
+        else:
+            room("feature_NF", layout.features, 0, dtype)
         room("mask_NW", layout.mask_words, 0, torch.int64)
         room("category_N", None, NONE, torch.int64)
         room("advertiser_N", None, NONE, torch.int64)
@@ -84,9 +106,27 @@ class ItemTable(nn.Module):
         """Where the buffers are."""
         return self.bid_N.device
 
+    def items(self) -> ItemFeatures:
+        """What kernels read of all rows, in place."""
+        if self.dtype in LARGEST_CODE:
+            codes = self.get_buffer("code_NE").view(self.dtype)
+            return ItemFeatures(codes, self.get_buffer("scalar_NS"), self.get_buffer("scale_N"))
+        feature_NF, width = self.get_buffer("feature_NF"), self.layout.embedding_dim
+        return ItemFeatures(feature_NF[:, :width], feature_NF[:, width:])
+
+    def features(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """[R, F], what scorers read: as they lie in memory, or of int8 and float8 rows in float32."""
+        if self.dtype not in LARGEST_CODE:
+            return self.get_buffer("feature_NF")[rows]
+        code_RE = self.get_buffer("code_NE")[rows].view(self.dtype).float()
+        scaled_RE = code_RE * self.get_buffer("scale_N")[rows][:, None]
+        return torch.cat([scaled_RE, self.get_buffer("scalar_NS")[rows].float()], dim=1)
+
     def used(self) -> "Columns":
         """What the graph reads, up to the high-water mark."""
-        return Columns(**{column.name: self.get_buffer(column.name)[: self.count] for column in fields(Columns)})
+        used = slice(self.count)
+        names = (column.name for column in fields(Columns) if column.name != "feature_NF")
+        return Columns(self.features(used), **{name: self.get_buffer(name)[used] for name in names})
 
     def are_there(self, rows: list[int]) -> list[bool]:
         """Which of the rows hold an item, and not a deleted one."""
@@ -96,10 +136,21 @@ class ItemTable(nn.Module):
     def write(self, row_R: torch.Tensor, columns: dict[str, torch.Tensor]) -> None:
         """Write rows of some columns, named without their axes. row_R: i64, each once."""
         row_R = row_R.to(self.device, non_blocking=True)
+        if self.dtype in LARGEST_CODE and "feature" in columns:
+            columns = columns | self._coded(columns["feature"].to(self.device, torch.float32, non_blocking=True))
         for name, buffer in self.named_buffers():
             value = columns.get(name.rpartition("_")[0])
             if value is not None:
                 buffer.index_copy_(0, row_R, value.to(self.device, buffer.dtype, non_blocking=True))
+
+    def _coded(self, feature_RF: torch.Tensor) -> dict[str, torch.Tensor]:
+        width = self.layout.embedding_dim
+        embedding_RE, scalar_RS = feature_RF[:, :width], feature_RF[:, width:]
+        largest = LARGEST_CODE[self.dtype]
+        scale_R = (embedding_RE.abs().amax(1) / largest).clamp_min(LEAST_SCALE)
+        code_RE = (embedding_RE / scale_R[:, None]).clamp(-largest, largest)
+        code_RE = code_RE.round() if self.dtype == torch.int8 else code_RE
+        return {"code": code_RE.to(self.dtype).view(torch.int8), "scalar": scalar_RS, "scale": scale_R}
 
     def copy_rows(self, source: "ItemTable", row_R: torch.Tensor) -> None:
         """Take over rows from a table of the same layout."""
@@ -109,7 +160,7 @@ class ItemTable(nn.Module):
 
     def grown(self, capacity: int) -> "ItemTable":
         """A table of more room with the same rows."""
-        table = ItemTable(self.layout, capacity, dtype=self.feature_NF.dtype, device=self.device)
+        table = ItemTable(self.layout, capacity, dtype=self.dtype, device=self.device)
         for name, buffer in self.named_buffers():
             table.get_buffer(name)[: self.capacity].copy_(buffer)
         table.count = self.count
@@ -150,9 +201,13 @@ class Retrieval(nn.Module):
         allowed_BN = self.allowed(columns, requests)
         return select(utility_BN, allowed_BN, groups_of(columns), requests.seed_B, plan, pool=pool, rounds=rounds)
 
-    def utilities(self, columns: Columns, user_BE: torch.Tensor, requests: Requests) -> torch.Tensor:
-        """f32 [B, N]: sum over tasks of weight * score, times bid ** bid_power."""
+    def utilities(
+        self, columns: Columns, user_BE: torch.Tensor, requests: Requests, bonus_BN: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """f32 [B, N]: sum over tasks of weight * score, times bid ** bid_power. bonus_BN: f32, added to each score."""
         score_BTN = self.scorer(user_BE, columns.feature_NF)
+        if bonus_BN is not None:
+            score_BTN = score_BTN + bonus_BN[:, None]
         if score_BTN.shape[1] != requests.weight_BT.shape[1]:
             raise ShapeError(
                 f"the scorer has {score_BTN.shape[1]} tasks, the requests weigh {requests.weight_BT.shape[1]}"
@@ -183,9 +238,13 @@ class Retrieval(nn.Module):
         place_X = requests.excluded_of_X * allowed_BN.shape[1] + requests.excluded_X
         return allowed_BN.flatten().index_fill(0, place_X, False).view_as(allowed_BN)
 
-    def search(self, columns: Columns, user_BE: torch.Tensor, requests: Requests, plan: Plan) -> Found:
+    def search(
+        self, columns: Columns, user_BE: torch.Tensor, requests: Requests, plan: Plan,
+        bonus_BN: torch.Tensor | None = None,
+    ) -> Found:  # fmt: skip
         """The exact slates, whatever pool it takes; scores are computed once. See `select.select_exactly`."""
-        utility_BN, allowed_BN = self.utilities(columns, user_BE, requests), self.allowed(columns, requests)
+        utility_BN = self.utilities(columns, user_BE, requests, bonus_BN)
+        allowed_BN = self.allowed(columns, requests)
         return select_exactly(utility_BN, allowed_BN, groups_of(columns), requests.seed_B, plan)
 
 
@@ -247,10 +306,17 @@ class LiveIndex:
 
     def __init__(
         self, rows: ItemRows, scorer: nn.Module, *, capacity: int | None = None, dtype: torch.dtype = torch.float32,
-        device: Any = "cpu",
+        device: Any = "cpu", fused: bool | None = None,
     ) -> None:  # fmt: skip
-        """rows: the first items, in the order of their rows. capacity: rows there is room for; it grows by itself."""
+        """rows: the first items, in the order of their rows. capacity: rows there is room for; it grows by itself.
+
+        dtype: of embeddings and scalars; see `ItemTable`. fused: whether batches are answered by the kernels of
+        `fused.py`; by default on a GPU.
+        Raises IndexMismatch for a scorer that was loaded with a release of another embedding_version.
+        """
         self.embedding_version = rows.embedding_version
+        if (version := getattr(scorer, "embedding_version", None)) is not None:
+            check_version("a scorer", version, self.embedding_version)
         self.layout = rows.layout
         self.retrieval = Retrieval(rows.layout, scorer).to(device).eval()
         room = max(len(rows), capacity or 0, 1)
@@ -260,6 +326,7 @@ class LiveIndex:
         self._writing = threading.Lock()
         is_cuda = tables[0].device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._searches = fused_searches(self.retrieval) if (is_cuda if fused is None else fused) else None
         self._row_of: dict[Any, int] = {}
         self._ids: list[Any] = []
         self.upsert(rows)
@@ -270,9 +337,29 @@ class LiveIndex:
             return int(pinned.table.is_there_N.sum())
 
     @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self._reading.table.device
+
+    @property
     def revision(self) -> int:
         """Updates applied."""
         return self._reading.revision
+
+    @property
+    def walked_again(self) -> int:
+        """Requests that the kernels' pool was too small for, and that were answered by `select_exactly`."""
+        return 0 if self._searches is None else self._searches.walked_again
+
+    def prepare(self, plan: Plan, requests: int = 1, tasks: int = 1) -> None:
+        """Compile kernels and capture CUDA graphs for such batches ahead of the first one; nothing on the CPU.
+
+        Any plan with as many results or fewer and the same kinds of caps is ready then, if it does not explore.
+        """
+        if self._searches is not None:
+            with self._writing:
+                for side in (self._reading, self._idle):
+                    self._searches.prepare(side.table, plan, requests, tasks)
 
     # Requests
 
@@ -292,11 +379,14 @@ class LiveIndex:
 
     def search(
         self, user_BE: NDArray[np.float32] | torch.Tensor, requests: Sequence[Request], plan: Plan,
-        embedding_version: str,
+        embedding_version: str, *, bonus: Callable[[int], torch.Tensor] | None = None,
+        scalars: Callable[[int], torch.Tensor] | None = None,
     ) -> Slates:  # fmt: skip
         """The slates of a batch, all of one revision.
 
-        user_BE: float [B, E], made by a release of `embedding_version`.
+        user_BE: float [B, E], made by a release of `embedding_version`. bonus: number of rows N to f32 [B, N] on the
+        index's device, what the request knows of items and no row holds; added to each score. scalars: to f32 [N, S],
+        read in the place of those that rows hold.
         Raises IndexMismatch for users of another version, ShapeError, DataError.
         """
         check_version("a request", embedding_version, self.embedding_version)
@@ -309,15 +399,34 @@ class LiveIndex:
         with self.pin() as pinned, torch.inference_mode():
             table = pinned.table
             asked = Requests.build(requests, self.layout, lambda ids: self.rows_of(ids, table.count))
-            found = self.retrieval.search(table.used(), user_BE.to(table.device), asked.to(table.device), plan)
+            if self._searches is not None and bonus is None and scalars is None:
+                found = self._searches.search(table, user_BE, asked, plan)
+            else:
+                columns, bonus_BN = table.used(), None if bonus is None else bonus(table.count)
+                if scalars is not None:
+                    embedding_NE = columns.feature_NF[:, : self.layout.embedding_dim]
+                    feature_NF = torch.cat([embedding_NE, scalars(table.count).to(embedding_NE.dtype)], dim=1)
+                    columns = replace(columns, feature_NF=feature_NF)
+                found = self.retrieval.search(columns, user_BE.to(table.device), asked.to(table.device), plan, bonus_BN)
             row_BK, utility_BK = found.row_BK.cpu().numpy(), found.utility_BK.cpu().numpy()
-        ids = [[self._ids[row] for row in row_K.tolist() if row >= 0] for row_K in row_BK]
+            lengths = found.length_B.tolist()
+        ids = [
+            list(map(self._ids.__getitem__, row_K[:length].tolist()))
+            for row_K, length in zip(row_BK, lengths, strict=True)
+        ]
         return Slates(ids, row_BK, utility_BK, self.embedding_version, pinned.revision)
+
+    def item_ids(self, start: int = 0, end: int | None = None) -> list[ItemId]:
+        """Ids of some rows, those of deleted items too, in the order of rows."""
+        return self._ids[start:end]
+
+    def row_of(self, item_id: ItemId) -> int | None:
+        """The row of an item, deleted or not, None where it never had one."""
+        return self._row_of.get(item_id)
 
     def rows_of(self, item_ids: Sequence[ItemId], count: int) -> list[int]:
         """Rows below count of those items that have one."""
-        rows = (self._row_of.get(item) for item in item_ids)
-        return [row for row in rows if row is not None and row < count]
+        return [row for row in map(self._row_of.get, item_ids) if row is not None and row < count]
 
     # Updates
 
@@ -390,7 +499,8 @@ class LiveIndex:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # new tables are filled there
         with torch.cuda.stream(self._stream):
-            if count > idle.table.capacity:
+            outgrown = idle.table if count > idle.table.capacity else None
+            if outgrown is not None:
                 idle.table = reading.table.grown(max(count, int(reading.table.capacity * GROWTH)))
             else:
                 idle.table.copy_rows(reading.table, behind_R[behind_R < reading.table.capacity])
@@ -398,6 +508,8 @@ class LiveIndex:
             idle.table.count = count
         if self._stream is not None:
             self._stream.synchronize()
+        if self._searches is not None and outgrown is not None:
+            self._searches.move(outgrown, idle.table)
         idle.behind_R = torch.zeros(0, dtype=torch.int64)
         reading.behind_R = row_R
         idle.revision = reading.revision + 1
@@ -411,11 +523,21 @@ class LiveIndex:
             known = self.rows_of(item_ids, table.count)
             rows = [row for row, there in zip(known, table.are_there(known), strict=True) if there]
             picked = {name.rpartition("_")[0]: buffer[rows].cpu() for name, buffer in table.named_buffers()}
+            feature_RF = table.features(torch.tensor(rows, dtype=torch.int64, device=table.device)).float().cpu()
         return ItemRows(
-            self.embedding_version, self.layout, [self._ids[row] for row in rows], picked["feature"].float(),
+            self.embedding_version, self.layout, [self._ids[row] for row in rows], feature_RF,
             picked["mask"], picked["category"], picked["advertiser"], picked["attribute"], picked["bid"],
             picked["budget"], picked["eligible"],
         )  # fmt: skip
+
+
+def fused_searches(retrieval: Retrieval) -> "FusedSearches | None":
+    """What answers by kernels, or None where Triton is not installed."""
+    try:
+        from model.retrieval.fused import FusedSearches
+    except ImportError:
+        return None
+    return FusedSearches(retrieval)
 
 
 class IndexHolder:

@@ -20,16 +20,17 @@ def dot_scores(rows: ItemRows, user_E: Floats) -> Floats:
 
 
 def interaction_scores(rows: ItemRows, user_E: Floats, scorer: InteractionScorer) -> Floats:
-    """f64 [T, N]: the MLP over [user, item, user * item, scalars] as written, item after item."""
+    """f64 [T, N]: the MLP over [user, item, user * item, scalars] as written, item after item, and the dot product."""
     weight_IH, bias_H = _numpy(scorer.weight_IH), _numpy(scorer.bias_H)
     second_GH, second_G = _numpy(scorer.second.weight), _numpy(scorer.second.bias)
     out_TG, out_T = _numpy(scorer.out.weight), _numpy(scorer.out.bias)
+    dot_T = np.zeros(len(out_T)) if scorer.dot_T is None else _numpy(scorer.dot_T)
     scores = []
     for feature_F in _numpy(rows.feature_RF):
         item_E, scalar_S = feature_F[: len(user_E)], feature_F[len(user_E) :]
         first_H = np.maximum(np.concatenate([user_E, item_E, user_E * item_E, scalar_S]) @ weight_IH + bias_H, 0)
         second = np.maximum(second_GH @ first_H + second_G, 0)
-        scores.append(1 / (1 + np.exp(-(out_TG @ second + out_T))))
+        scores.append(1 / (1 + np.exp(-(out_TG @ second + out_T + dot_T * (user_E @ item_E)))))
     return np.array(scores, np.float64).reshape(len(rows), len(out_T)).T
 
 

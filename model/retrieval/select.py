@@ -45,7 +45,8 @@ def walk_keys(utility_BN: torch.Tensor, allowed_BN: torch.Tensor, row_BN: torch.
     """
     bits_BN = (utility_BN + 0.0).view(torch.int32)
     ordered_BN = torch.where(bits_BN < 0, bits_BN ^ 0x7FFFFFFF, bits_BN)
-    key_BN = (ordered_BN.long() << 32) | (0xFFFFFFFF - row_BN)
+    # (ordered << 32) | (0xFFFFFFFF - row), with no constant that compilers take for an int32.
+    key_BN = ((ordered_BN.long() + 1) << 32) - 1 - row_BN
     return torch.where(allowed_BN & utility_BN.isfinite(), key_BN, NOT_ALLOWED)
 
 

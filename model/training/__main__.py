@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -16,8 +17,10 @@ from model.dataset import find_description, load_description
 from model.errors import ConfigError, DataError, TowerError
 from model.event_log import read_items, read_log, read_users
 from model.release import Registry
+from model.retrieval.scorer import ScorerConfig
 from model.training.data import training_part
 from model.training.loop import train
+from model.training.scorer import ScorerSettings, scorer_for, train_scorer
 from model.training.settings import LogCounts, TrainSettings, config_for, settings_for
 
 
@@ -48,6 +51,20 @@ def _parser() -> argparse.ArgumentParser:
         "--release-at", type=_epochs, default=(), metavar="EPOCH,...",
         help="make a release after each of these epochs too, besides the best one at the end",
     )  # fmt: skip
+    parser.add_argument(
+        "--scorer", action="store_true",
+        help="second stage: train an interaction scorer on the frozen towers of the release, an MLP over user, item, "
+        "their product and counts of the log in the place of the plain dot product; ends with a second release of the "
+        "same states and another embedding version",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scorer-from", metavar="RELEASE",
+        help="only that second stage, on a release that is there; --seed and --max-minutes are the scorer's then",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scorer-set", nargs="+", default=[], metavar="NAME=VALUE",
+        help="any field of ScorerSettings or ScorerConfig, as steps=2000 hidden=[64,32] windows_h=[] (no counts)",
+    )  # fmt: skip
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--max-users", type=int)
     parser.add_argument("--max-events", type=int)
@@ -62,8 +79,13 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     registry = Registry(args.registry)
-    if args.head_only_from is not None and args.dataset is None:
-        description = registry.manifest(args.head_only_from).description
+    if args.scorer_from is not None and (args.scorer or args.head_only_from or args.resume or args.set):
+        raise ConfigError("--scorer-from trains a scorer alone: without --scorer, --head-only-from, --resume and --set")
+    if args.scorer_set and not (args.scorer or args.scorer_from):
+        raise ConfigError("--scorer-set goes with --scorer or --scorer-from")
+    base = args.head_only_from or args.scorer_from
+    if base is not None and args.dataset is None:
+        description = registry.manifest(base).description
     else:
         description = find_description(args.events) if args.dataset is None else load_description(args.dataset)
     users = None
@@ -73,6 +95,10 @@ def _train(args: argparse.Namespace) -> None:
         users = read_users(args.users, description)
     events, _ = read_log(args.events, description)
     items = read_items(args.items, description)
+    if args.scorer_from is not None:
+        own = {"max_minutes": args.max_minutes} if args.max_minutes is not None else {}
+        _train_scorer(args, registry, args.scorer_from, events, items, users, device, None, own)
+        return
     part = training_part(events, description).train
     counts = LogCounts(events=part.num_rows, users=pc.count_distinct(part["user_id"]).as_py(), items=items.num_rows)
     given = {name: getattr(args, name) for name in ("epochs", "seed", "max_minutes", "max_users", "max_events")}
@@ -110,6 +136,33 @@ def _train(args: argparse.Namespace) -> None:
     print(f"release {manifest.release_id}")
     print(f"state version {manifest.state_version}, embedding version {manifest.embedding_version}")
     print(json.dumps({name: round(value, 4) for name, value in manifest.metrics.items()}))
+    if args.scorer:
+        _train_scorer(args, registry, manifest.release_id, events, items, users, device, settings, {})
+
+
+def _train_scorer(
+    args: argparse.Namespace, registry: Registry, release_id: str, events: pa.Table, items: pa.Table,
+    users: pa.Table | None, device: str, tower_settings: TrainSettings | None, own: dict[str, Any],
+) -> None:  # fmt: skip
+    """The second stage. tower_settings: of the first, where it has just run. own: settings given by flags."""
+    config, settings = scorer_for(registry.manifest(release_id).description, device=device)
+    setting_names = {f.name for f in fields(ScorerSettings)}
+    of_settings = own | ({} if args.seed is None else {"seed": args.seed})
+    of_config: dict[str, Any] = {}
+    for text in args.scorer_set:
+        name, _, value = text.partition("=")
+        (of_settings if name in setting_names else of_config)[name] = _value(text, value)
+    result = train_scorer(
+        events, items, users, registry, release_id, config=ScorerConfig.from_dict(config.to_dict() | of_config),
+        settings=replace(settings, **of_settings), tower_settings=tower_settings, device=device,
+    )  # fmt: skip
+    manifest, history = result.manifest, result.summary["history"]
+    print(f"release {manifest.release_id}: release {release_id} with a scorer, step {result.summary['best_step']}")
+    print(f"state version {manifest.state_version}, embedding version {manifest.embedding_version}")
+    for row in history:
+        print(json.dumps({name: round(value, 4) for name, value in row.items()}))
+    if not result.summary["best_step"] and len(history) > 1:
+        print("no better than the dot product on the held-out events: its beginning, the dot product, was kept")
 
 
 def _epochs(text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from model.item_tower import ItemTower
 from model.live_items import HIDDEN, LiveCounts, LiveItems, LiveRequests, catalogue_logits, time_chunks
 from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue, ranks_of
 from model.release import Registry, Release
+from model.retrieval.scalars import counting_config, item_scalars
+from model.retrieval.scorer import ScorerConfig
 from model.state_codec import StateCodec, as_stored
 from model.training.data import (
     EventArrays,
@@ -329,6 +331,60 @@ def rank_live(
     return dict(zip(arms, rank_AB.cpu().numpy(), strict=True))
 
 
+Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""User vectors [B, E] and item features [N, F] to scores of one task, [B, 1, N]: a scorer, or its logits."""
+
+
+@torch.inference_mode()
+def scored(
+    score: Score, user_BE: torch.Tensor, item_NE: torch.Tensor, candidates: Candidates, counts: LiveCounts | None,
+    *, chunk: int | None = None,
+) -> Iterator[tuple[Ints, torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """Scores of the whole catalogue, requests of one bucket at a time: they share the items' scalars.
+
+    user_BE, item_NE: f32 on one device. counts: what scalars are counted from, on that device; None where the scorer
+    reads none. chunk: requests at a time; by default as many as score 2**22 pairs at once (2**23 on a GPU).
+    Yields (requests i64 [b], scores f32 [b, N], excluded bool [b, N]: what is no candidate of each).
+    """
+    device, num_items = item_NE.device, len(item_NE)
+    time_us_B = torch.from_numpy(candidates.time_us_B)
+    bucket_B = np.zeros(len(user_BE), np.int64) if counts is None else counts.bucket(time_us_B).numpy()
+    born_N = None if candidates.born_us_N is None else torch.from_numpy(candidates.born_us_N).to(device)
+    if chunk is None:
+        chunk = max(1, (2**23 if item_NE.is_cuda else 2**22) // max(num_items, 1))
+    order = np.argsort(bucket_B, kind="stable")
+    for same in np.split(order, np.flatnonzero(np.diff(bucket_B[order])) + 1):
+        feature_NF = item_NE
+        if counts is not None and len(same):
+            bucket = torch.tensor(int(bucket_B[same[0]]), device=device)
+            scalar_NS = item_scalars(counts, torch.arange(num_items, device=device), bucket)
+            feature_NF = torch.cat([item_NE, scalar_NS], 1)
+        for start in range(0, len(same), chunk):
+            part = same[start : start + chunk]
+            excluded_bN = candidates.excluded(part, device)
+            if born_N is not None:
+                excluded_bN |= born_N > time_us_B[part].to(device)[:, None]
+            yield part, score(user_BE[torch.from_numpy(part).to(device)], feature_NF)[:, 0], excluded_bN
+
+
+def scalar_counts(events: EventArrays, config: ScorerConfig, release: Release) -> LiveCounts | None:
+    """What a scorer's scalars are counted from, on the release's device; None where it reads none."""
+    if not config.scalars:
+        return None
+    return events.live_counts(counting_config(config, release.config)).to(release.device)
+
+
+def rank_scored(
+    score: Score, user_BE: torch.Tensor, item_NE: torch.Tensor, candidates: Candidates, counts: LiveCounts | None
+) -> Ints:
+    """Ranks of the items asked for, by a scorer. Inputs as in `scored`."""
+    ranks = np.empty(len(user_BE), np.int64)
+    for part, score_bN, excluded_bN in scored(score, user_BE, item_NE, candidates, counts):
+        item_b = torch.from_numpy(candidates.item_B[part]).to(item_NE.device)
+        ranks[part] = ranks_of(score_bN, item_b, excluded_bN).cpu().numpy()
+    return ranks
+
+
 def popularity_ranks(count_N: Ints, item_B: Ints, candidate: Callable[[int], NDArray[np.bool_] | None]) -> Ints:
     """Ranks when all requests get the items by falling count; ties go to the lower row, as in ranks_of.
 
@@ -395,6 +451,8 @@ def evaluate_quality(
 ) -> dict[str, Any]:
     """Full-catalogue quality of a release with and without context, and of popularity, as a plain report.
 
+    A release with a scorer is ranked by the dot product in these arms, and by its scorer, with context, in one more.
+
     table, items, users: as read_log, read_items and read_users return them. description: None means the release's.
     seen: `exclude` takes the user's earlier items off the candidates, `keep` leaves them, `auto` excludes them where
     fewer than 1 % of the log's events repeat an earlier one of the same user and item.
@@ -430,6 +488,11 @@ def evaluate_quality(
         ranks |= rank_live(catalogue, counts.to(release.device), arms, candidates)
     else:
         ranks |= {arm: candidates.ranks(user_BE, item_IE) for arm, user_BE in users_by_arm.items()}
+    if (scorer := release.manifest.scorer) is not None:
+        ranks["scorer"] = rank_scored(
+            release.scorer, users_by_arm["context"], item_IE[: events.num_items], candidates,
+            scalar_counts(events, scorer, release),
+        )  # fmt: skip
     counted = events.item_T[test.trained_T & events.positive_T]
     count_N = np.bincount(counted[counted < events.num_items], minlength=events.num_items)
     ranks["popularity"] = popularity_ranks(count_N, item_B, candidates.mask)
@@ -529,6 +592,7 @@ def show(report: Mapping[str, Any]) -> str:
     metrics = [*(f"recall@{k}" for k in report["k"]), *(f"ndcg@{k}" for k in report["k"]), "mrr"]
     names = {
         "context": "tower, with context",
+        **({"scorer": "scorer, with context"} if "scorer" in report["arms"] else {}),
         "no_context": "tower, no context",
         "popularity": "popularity, all time",
         "recent_popularity": f"popularity, last {report['recent_hours']:g} h",

@@ -469,7 +469,7 @@ def train(
         vocabularies = build_vocabularies(description, table, users)
         tower = HybridTower.build(config or config_for(description, counts), description, vocabularies, items)
     else:
-        tower, items = _from_release(registry, head_only_from, items, description)
+        tower, items = tower_of_release(registry, head_only_from, items, description)
     arrays = EventArrays.build(table, users, tower.featuriser, description)
     outside = int((arrays.item_T >= arrays.num_items).sum())
     if outside:
@@ -554,7 +554,7 @@ def _written(registry: Registry, lineage: Lineage) -> Manifest | None:
     return next((manifest for manifest in manifests if manifest.lineage == lineage), None)
 
 
-def _from_release(
+def tower_of_release(
     registry: Registry, release_id: str, items: pa.Table, description: DatasetDescription
 ) -> tuple[HybridTower, pa.Table]:
     """The tower of a release with its encoder frozen, and the items that are in its catalogue."""
@@ -565,7 +565,7 @@ def _from_release(
     kept = items.filter(pc.is_in(items["item_id"], ids)).combine_chunks()
     if not kept["item_id"].combine_chunks().equals(ids):
         missing = len(ids) - kept.num_rows
-        raise DataError(f"a head-only run needs every item of release {release_id}; the items file lacks {missing}")
+        raise DataError(f"every item of release {release_id} is needed; the items file lacks {missing}")
     tower = HybridTower(release.featuriser, release.encoder, release.head, release.items)
     tower.requires_grad_(True)
     tower.encoder.requires_grad_(False)

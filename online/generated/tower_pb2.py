@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1conline/generated/tower.proto\x12\x0ehybridtower.v1\"3\n\x02Id\x12\x10\n\x06int_id\x18\x01 \x01(\x03H\x00\x12\x13\n\tstring_id\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"]\n\x0cSessionEvent\x12#\n\x07item_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12\x12\n\nevent_type\x18\x02 \x01(\t\x12\x14\n\x0ctimestamp_us\x18\x03 \x01(\x03\"Z\n\x0bSubjectItem\x12#\n\x07item_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12\x17\n\nconfidence\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\r\n\x0b_confidence\"\x9f\x02\n\x07\x43ontext\x12\x37\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32%.hybridtower.v1.Context.FeaturesEntry\x12\x19\n\x0ctimestamp_us\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x34\n\x0esession_events\x18\x03 \x03(\x0b\x32\x1c.hybridtower.v1.SessionEvent\x12\x32\n\rsubject_items\x18\x04 \x03(\x0b\x32\x1b.hybridtower.v1.SubjectItem\x12\x14\n\x0cquery_vector\x18\x05 \x03(\x02\x1a/\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_timestamp_us\"\xca\x01\n\x0c\x45mbedRequest\x12#\n\x07user_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12(\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x17.hybridtower.v1.Context\x12&\n\x06policy\x18\x03 \x01(\x0e\x32\x16.hybridtower.v1.Policy\x12\"\n\x1a\x65xpected_embedding_version\x18\x04 \x01(\t\x12\x1f\n\x17\x61\x63\x63\x65pt_previous_release\x18\x05 \x01(\x08\"\xc2\x01\n\nEmbedReply\x12\x11\n\tembedding\x18\x01 \x03(\x02\x12\x12\n\nrelease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x15\n\rstate_version\x18\x04 \x01(\t\x12\x19\n\x11\x65mbedding_version\x18\x05 \x01(\t\x12\x14\n\x0cstate_age_us\x18\x06 \x01(\x03\x12&\n\x06\x61nswer\x18\x07 \x01(\x0e\x32\x16.hybridtower.v1.Answer\x12\x0e\n\x06reason\x18\x08 \x01(\t\"C\n\x11\x45mbedBatchRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.hybridtower.v1.EmbedRequest\")\n\x08RowError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"q\n\rEmbedBatchRow\x12+\n\x05reply\x18\x01 \x01(\x0b\x32\x1a.hybridtower.v1.EmbedReplyH\x00\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x18.hybridtower.v1.RowErrorH\x00\x42\x08\n\x06result\">\n\x0f\x45mbedBatchReply\x12+\n\x04rows\x18\x01 \x03(\x0b\x32\x1d.hybridtower.v1.EmbedBatchRow\"I\n\x0fRetrieveRequest\x12+\n\x05query\x18\x01 \x01(\x0b\x32\x1c.hybridtower.v1.EmbedRequest\x12\t\n\x01k\x18\x02 \x01(\x05\"@\n\nScoredItem\x12#\n\x07item_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12\r\n\x05score\x18\x02 \x01(\x02\"\xfe\x01\n\rRetrieveReply\x12)\n\x05items\x18\x01 \x03(\x0b\x32\x1a.hybridtower.v1.ScoredItem\x12\x12\n\nrelease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x15\n\rstate_version\x18\x04 \x01(\t\x12\x19\n\x11\x65mbedding_version\x18\x05 \x01(\t\x12\x14\n\x0cstate_age_us\x18\x06 \x01(\x03\x12&\n\x06\x61nswer\x18\x07 \x01(\x0e\x32\x16.hybridtower.v1.Answer\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x1f\n\x17index_embedding_version\x18\t \x01(\t*J\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x15\n\x11POLICY_COLD_START\x10\x01\x12\x11\n\rPOLICY_STRICT\x10\x02*z\n\x06\x41nswer\x12\x16\n\x12\x41NSWER_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41NSWER_EXACT\x10\x01\x12\x1b\n\x17\x41NSWER_PREVIOUS_RELEASE\x10\x02\x12\x15\n\x11\x41NSWER_COLD_START\x10\x03\x12\x12\n\x0e\x41NSWER_BRIDGED\x10\x04\x32\xa0\x01\n\tUserTower\x12\x41\n\x05\x45mbed\x12\x1c.hybridtower.v1.EmbedRequest\x1a\x1a.hybridtower.v1.EmbedReply\x12P\n\nEmbedBatch\x12!.hybridtower.v1.EmbedBatchRequest\x1a\x1f.hybridtower.v1.EmbedBatchReply2Y\n\x0bRecommender\x12J\n\x08Retrieve\x12\x1f.hybridtower.v1.RetrieveRequest\x1a\x1d.hybridtower.v1.RetrieveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1conline/generated/tower.proto\x12\x0ehybridtower.v1\"3\n\x02Id\x12\x10\n\x06int_id\x18\x01 \x01(\x03H\x00\x12\x13\n\tstring_id\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"]\n\x0cSessionEvent\x12#\n\x07item_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12\x12\n\nevent_type\x18\x02 \x01(\t\x12\x14\n\x0ctimestamp_us\x18\x03 \x01(\x03\"Z\n\x0bSubjectItem\x12#\n\x07item_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12\x17\n\nconfidence\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\r\n\x0b_confidence\"\x9f\x02\n\x07\x43ontext\x12\x37\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32%.hybridtower.v1.Context.FeaturesEntry\x12\x19\n\x0ctimestamp_us\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x34\n\x0esession_events\x18\x03 \x03(\x0b\x32\x1c.hybridtower.v1.SessionEvent\x12\x32\n\rsubject_items\x18\x04 \x03(\x0b\x32\x1b.hybridtower.v1.SubjectItem\x12\x14\n\x0cquery_vector\x18\x05 \x03(\x02\x1a/\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_timestamp_us\"\xca\x01\n\x0c\x45mbedRequest\x12#\n\x07user_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12(\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x17.hybridtower.v1.Context\x12&\n\x06policy\x18\x03 \x01(\x0e\x32\x16.hybridtower.v1.Policy\x12\"\n\x1a\x65xpected_embedding_version\x18\x04 \x01(\t\x12\x1f\n\x17\x61\x63\x63\x65pt_previous_release\x18\x05 \x01(\x08\"\xc2\x01\n\nEmbedReply\x12\x11\n\tembedding\x18\x01 \x03(\x02\x12\x12\n\nrelease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x15\n\rstate_version\x18\x04 \x01(\t\x12\x19\n\x11\x65mbedding_version\x18\x05 \x01(\t\x12\x14\n\x0cstate_age_us\x18\x06 \x01(\x03\x12&\n\x06\x61nswer\x18\x07 \x01(\x0e\x32\x16.hybridtower.v1.Answer\x12\x0e\n\x06reason\x18\x08 \x01(\t\"C\n\x11\x45mbedBatchRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.hybridtower.v1.EmbedRequest\")\n\x08RowError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"q\n\rEmbedBatchRow\x12+\n\x05reply\x18\x01 \x01(\x0b\x32\x1a.hybridtower.v1.EmbedReplyH\x00\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x18.hybridtower.v1.RowErrorH\x00\x42\x08\n\x06result\">\n\x0f\x45mbedBatchReply\x12+\n\x04rows\x18\x01 \x03(\x0b\x32\x1d.hybridtower.v1.EmbedBatchRow\"%\n\x06Values\x12\r\n\x05names\x18\x01 \x03(\t\x12\x0c\n\x04\x62its\x18\x02 \x03(\x05\"A\n\x05Range\x12\x12\n\x05least\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04most\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_leastB\x07\n\x05_most\"\xf2\x05\n\x0fRetrieveRequest\x12+\n\x05query\x18\x01 \x01(\x0b\x32\x1c.hybridtower.v1.EmbedRequest\x12\t\n\x01k\x18\x02 \x01(\x05\x12?\n\x08required\x18\x03 \x03(\x0b\x32-.hybridtower.v1.RetrieveRequest.RequiredEntry\x12\x41\n\tforbidden\x18\x04 \x03(\x0b\x32..hybridtower.v1.RetrieveRequest.ForbiddenEntry\x12;\n\x06ranges\x18\x05 \x03(\x0b\x32+.hybridtower.v1.RetrieveRequest.RangesEntry\x12\x12\n\nmin_budget\x18\x06 \x01(\x01\x12 \n\x04seen\x18\x07 \x03(\x0b\x32\x12.hybridtower.v1.Id\x12#\n\x07\x62locked\x18\x08 \x03(\x0b\x32\x12.hybridtower.v1.Id\x12\x11\n\tbid_power\x18\t \x01(\x01\x12\x1b\n\x0e\x61\x64vertiser_cap\x18\n \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0c\x63\x61tegory_cap\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12\x19\n\x11\x65xploration_share\x18\x0c \x01(\x01\x12\x1a\n\x12\x65xploration_window\x18\r \x01(\x05\x12\x0c\n\x04seed\x18\x0e \x01(\x03\x1aG\n\rRequiredEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.hybridtower.v1.Values:\x02\x38\x01\x1aH\n\x0e\x46orbiddenEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.hybridtower.v1.Values:\x02\x38\x01\x1a\x44\n\x0bRangesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.hybridtower.v1.Range:\x02\x38\x01\x42\x11\n\x0f_advertiser_capB\x0f\n\r_category_cap\"@\n\nScoredItem\x12#\n\x07item_id\x18\x01 \x01(\x0b\x32\x12.hybridtower.v1.Id\x12\r\n\x05score\x18\x02 \x01(\x02\"\xe2\x02\n\rRetrieveReply\x12)\n\x05items\x18\x01 \x03(\x0b\x32\x1a.hybridtower.v1.ScoredItem\x12\x12\n\nrelease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x15\n\rstate_version\x18\x04 \x01(\t\x12\x19\n\x11\x65mbedding_version\x18\x05 \x01(\t\x12\x14\n\x0cstate_age_us\x18\x06 \x01(\x03\x12&\n\x06\x61nswer\x18\x07 \x01(\x0e\x32\x16.hybridtower.v1.Answer\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x1f\n\x17index_embedding_version\x18\t \x01(\t\x12\x16\n\x0eindex_revision\x18\n \x01(\x03\x12\x17\n\x0f\x63ounts_since_us\x18\x0b \x01(\x03\x12\x17\n\x0f\x63ounts_until_us\x18\x0c \x01(\x03\x12\x18\n\x10\x63ounts_are_short\x18\r \x01(\x08*J\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x15\n\x11POLICY_COLD_START\x10\x01\x12\x11\n\rPOLICY_STRICT\x10\x02*z\n\x06\x41nswer\x12\x16\n\x12\x41NSWER_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41NSWER_EXACT\x10\x01\x12\x1b\n\x17\x41NSWER_PREVIOUS_RELEASE\x10\x02\x12\x15\n\x11\x41NSWER_COLD_START\x10\x03\x12\x12\n\x0e\x41NSWER_BRIDGED\x10\x04\x32\xa0\x01\n\tUserTower\x12\x41\n\x05\x45mbed\x12\x1c.hybridtower.v1.EmbedRequest\x1a\x1a.hybridtower.v1.EmbedReply\x12P\n\nEmbedBatch\x12!.hybridtower.v1.EmbedBatchRequest\x1a\x1f.hybridtower.v1.EmbedBatchReply2Y\n\x0bRecommender\x12J\n\x08Retrieve\x12\x1f.hybridtower.v1.RetrieveRequest\x1a\x1d.hybridtower.v1.RetrieveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONTEXT_FEATURESENTRY']._loaded_options = None
   _globals['_CONTEXT_FEATURESENTRY']._serialized_options = b'8\001'
-  _globals['_POLICY']._serialized_start=1669
-  _globals['_POLICY']._serialized_end=1743
-  _globals['_ANSWER']._serialized_start=1745
-  _globals['_ANSWER']._serialized_end=1867
+  _globals['_RETRIEVEREQUEST_REQUIREDENTRY']._loaded_options = None
+  _globals['_RETRIEVEREQUEST_REQUIREDENTRY']._serialized_options = b'8\001'
+  _globals['_RETRIEVEREQUEST_FORBIDDENENTRY']._loaded_options = None
+  _globals['_RETRIEVEREQUEST_FORBIDDENENTRY']._serialized_options = b'8\001'
+  _globals['_RETRIEVEREQUEST_RANGESENTRY']._loaded_options = None
+  _globals['_RETRIEVEREQUEST_RANGESENTRY']._serialized_options = b'8\001'
+  _globals['_POLICY']._serialized_start=2557
+  _globals['_POLICY']._serialized_end=2631
+  _globals['_ANSWER']._serialized_start=2633
+  _globals['_ANSWER']._serialized_end=2755
   _globals['_ID']._serialized_start=48
   _globals['_ID']._serialized_end=99
   _globals['_SESSIONEVENT']._serialized_start=101
@@ -59,14 +65,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EMBEDBATCHROW']._serialized_end=1205
   _globals['_EMBEDBATCHREPLY']._serialized_start=1207
   _globals['_EMBEDBATCHREPLY']._serialized_end=1269
-  _globals['_RETRIEVEREQUEST']._serialized_start=1271
-  _globals['_RETRIEVEREQUEST']._serialized_end=1344
-  _globals['_SCOREDITEM']._serialized_start=1346
-  _globals['_SCOREDITEM']._serialized_end=1410
-  _globals['_RETRIEVEREPLY']._serialized_start=1413
-  _globals['_RETRIEVEREPLY']._serialized_end=1667
-  _globals['_USERTOWER']._serialized_start=1870
-  _globals['_USERTOWER']._serialized_end=2030
-  _globals['_RECOMMENDER']._serialized_start=2032
-  _globals['_RECOMMENDER']._serialized_end=2121
+  _globals['_VALUES']._serialized_start=1271
+  _globals['_VALUES']._serialized_end=1308
+  _globals['_RANGE']._serialized_start=1310
+  _globals['_RANGE']._serialized_end=1375
+  _globals['_RETRIEVEREQUEST']._serialized_start=1378
+  _globals['_RETRIEVEREQUEST']._serialized_end=2132
+  _globals['_RETRIEVEREQUEST_REQUIREDENTRY']._serialized_start=1881
+  _globals['_RETRIEVEREQUEST_REQUIREDENTRY']._serialized_end=1952
+  _globals['_RETRIEVEREQUEST_FORBIDDENENTRY']._serialized_start=1954
+  _globals['_RETRIEVEREQUEST_FORBIDDENENTRY']._serialized_end=2026
+  _globals['_RETRIEVEREQUEST_RANGESENTRY']._serialized_start=2028
+  _globals['_RETRIEVEREQUEST_RANGESENTRY']._serialized_end=2096
+  _globals['_SCOREDITEM']._serialized_start=2134
+  _globals['_SCOREDITEM']._serialized_end=2198
+  _globals['_RETRIEVEREPLY']._serialized_start=2201
+  _globals['_RETRIEVEREPLY']._serialized_end=2555
+  _globals['_USERTOWER']._serialized_start=2758
+  _globals['_USERTOWER']._serialized_end=2918
+  _globals['_RECOMMENDER']._serialized_start=2920
+  _globals['_RECOMMENDER']._serialized_end=3009
 # @@protoc_insertion_point(module_scope)

@@ -138,13 +138,74 @@ class EmbedBatchReply(_message.Message):
     rows: _containers.RepeatedCompositeFieldContainer[EmbedBatchRow]
     def __init__(self, rows: _Optional[_Iterable[_Union[EmbedBatchRow, _Mapping]]] = ...) -> None: ...
 
+class Values(_message.Message):
+    __slots__ = ("names", "bits")
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    bits: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, names: _Optional[_Iterable[str]] = ..., bits: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Range(_message.Message):
+    __slots__ = ("least", "most")
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
+    least: float
+    most: float
+    def __init__(self, least: _Optional[float] = ..., most: _Optional[float] = ...) -> None: ...
+
 class RetrieveRequest(_message.Message):
-    __slots__ = ("query", "k")
+    __slots__ = ("query", "k", "required", "forbidden", "ranges", "min_budget", "seen", "blocked", "bid_power", "advertiser_cap", "category_cap", "exploration_share", "exploration_window", "seed")
+    class RequiredEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Values
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Values, _Mapping]] = ...) -> None: ...
+    class ForbiddenEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Values
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Values, _Mapping]] = ...) -> None: ...
+    class RangesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Range
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Range, _Mapping]] = ...) -> None: ...
     QUERY_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
+    REQUIRED_FIELD_NUMBER: _ClassVar[int]
+    FORBIDDEN_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    MIN_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    BLOCKED_FIELD_NUMBER: _ClassVar[int]
+    BID_POWER_FIELD_NUMBER: _ClassVar[int]
+    ADVERTISER_CAP_FIELD_NUMBER: _ClassVar[int]
+    CATEGORY_CAP_FIELD_NUMBER: _ClassVar[int]
+    EXPLORATION_SHARE_FIELD_NUMBER: _ClassVar[int]
+    EXPLORATION_WINDOW_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     query: EmbedRequest
     k: int
-    def __init__(self, query: _Optional[_Union[EmbedRequest, _Mapping]] = ..., k: _Optional[int] = ...) -> None: ...
+    required: _containers.MessageMap[str, Values]
+    forbidden: _containers.MessageMap[str, Values]
+    ranges: _containers.MessageMap[str, Range]
+    min_budget: float
+    seen: _containers.RepeatedCompositeFieldContainer[Id]
+    blocked: _containers.RepeatedCompositeFieldContainer[Id]
+    bid_power: float
+    advertiser_cap: int
+    category_cap: int
+    exploration_share: float
+    exploration_window: int
+    seed: int
+    def __init__(self, query: _Optional[_Union[EmbedRequest, _Mapping]] = ..., k: _Optional[int] = ..., required: _Optional[_Mapping[str, Values]] = ..., forbidden: _Optional[_Mapping[str, Values]] = ..., ranges: _Optional[_Mapping[str, Range]] = ..., min_budget: _Optional[float] = ..., seen: _Optional[_Iterable[_Union[Id, _Mapping]]] = ..., blocked: _Optional[_Iterable[_Union[Id, _Mapping]]] = ..., bid_power: _Optional[float] = ..., advertiser_cap: _Optional[int] = ..., category_cap: _Optional[int] = ..., exploration_share: _Optional[float] = ..., exploration_window: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class ScoredItem(_message.Message):
     __slots__ = ("item_id", "score")
@@ -155,7 +216,7 @@ class ScoredItem(_message.Message):
     def __init__(self, item_id: _Optional[_Union[Id, _Mapping]] = ..., score: _Optional[float] = ...) -> None: ...
 
 class RetrieveReply(_message.Message):
-    __slots__ = ("items", "release_id", "epoch", "state_version", "embedding_version", "state_age_us", "answer", "reason", "index_embedding_version")
+    __slots__ = ("items", "release_id", "epoch", "state_version", "embedding_version", "state_age_us", "answer", "reason", "index_embedding_version", "index_revision", "counts_since_us", "counts_until_us", "counts_are_short")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +226,10 @@ class RetrieveReply(_message.Message):
     ANSWER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     INDEX_EMBEDDING_VERSION_FIELD_NUMBER: _ClassVar[int]
+    INDEX_REVISION_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_SINCE_US_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_UNTIL_US_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_ARE_SHORT_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[ScoredItem]
     release_id: str
     epoch: int
@@ -174,4 +239,8 @@ class RetrieveReply(_message.Message):
     answer: Answer
     reason: str
     index_embedding_version: str
-    def __init__(self, items: _Optional[_Iterable[_Union[ScoredItem, _Mapping]]] = ..., release_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state_version: _Optional[str] = ..., embedding_version: _Optional[str] = ..., state_age_us: _Optional[int] = ..., answer: _Optional[_Union[Answer, str]] = ..., reason: _Optional[str] = ..., index_embedding_version: _Optional[str] = ...) -> None: ...
+    index_revision: int
+    counts_since_us: int
+    counts_until_us: int
+    counts_are_short: bool
+    def __init__(self, items: _Optional[_Iterable[_Union[ScoredItem, _Mapping]]] = ..., release_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state_version: _Optional[str] = ..., embedding_version: _Optional[str] = ..., state_age_us: _Optional[int] = ..., answer: _Optional[_Union[Answer, str]] = ..., reason: _Optional[str] = ..., index_embedding_version: _Optional[str] = ..., index_revision: _Optional[int] = ..., counts_since_us: _Optional[int] = ..., counts_until_us: _Optional[int] = ..., counts_are_short: _Optional[bool] = ...) -> None: ...

@@ -150,7 +150,7 @@ class UserTower:
 
 
 class RecommenderStub:
-    """Recommendations from the item snapshot that the answering release was published with.
+    """Recommendations from the items that the answering release was published with, and their live updates.
     """
 
     def __init__(self, channel):
@@ -167,14 +167,15 @@ class RecommenderStub:
 
 
 class RecommenderServicer:
-    """Recommendations from the item snapshot that the answering release was published with.
+    """Recommendations from the items that the answering release was published with, and their live updates.
     """
 
     def Retrieve(self, request, context):
-        """Embed, then the best items of the release's catalogue. The embedding is searched only among items of its own
-        embedding_version, so only releases whose items are loaded can answer; all else is as for Embed.
+        """Embed, then the best items of the release's index that the request may be shown. The embedding is searched only among
+        items of its own embedding_version, so only releases whose items are loaded can answer; all else is as for Embed.
 
         Statuses are those of Embed, and
+        INVALID_ARGUMENT     a wish that the answering release does not know; the message names what it knows
         FAILED_PRECONDITION  no release that the caller accepts has its items loaded
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -198,7 +199,7 @@ def add_RecommenderServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Recommender:
-    """Recommendations from the item snapshot that the answering release was published with.
+    """Recommendations from the items that the answering release was published with, and their live updates.
     """
 
     @staticmethod

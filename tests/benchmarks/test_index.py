@@ -2,18 +2,35 @@
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import index
-from benchmarks.index import GROUP, Reads, check, compare, group_rows, make_rows, rows_are_torn, slate_is_torn
+from benchmarks.index import (
+    GROUP,
+    Case,
+    HostRules,
+    Reads,
+    check,
+    check_kernels,
+    compare,
+    eight_bits,
+    group_rows,
+    make_requests,
+    make_rows,
+    rows_are_torn,
+    slate_is_torn,
+    torn_slates,
+    updates,
+)
 from model.retrieval import reference
-from model.retrieval.rules import Plan
+from model.retrieval.index import LiveIndex, Slates
+from model.retrieval.rules import Plan, Requests
+from model.retrieval.scorer import InteractionScorer
 
 
 def test_every_side_answers_and_is_recorded_by_batch() -> None:
     entries = compare("cpu", 600, (1, 2), Plan(k=40, advertiser_cap=3), repeats=1)
-    assert [entry["measure"] for entry in entries] == [
-        "index.B1.ms", "index.B1.over_plain", "index.B2.ms", "index.B2.over_plain",
-    ]  # fmt: skip
+    assert [entry["measure"] for entry in entries] == ["index.B1.ms", "index.B2.ms"]
     assert entries[0]["target"] == 0.075
     assert all(entry["value"] > 0 and entry["rival_value"] > 0 for entry in entries)
 
@@ -43,6 +60,55 @@ def test_slates_with_part_of_a_group_or_two_numbers_are_torn() -> None:
     assert slate_is_torn(list(range(GROUP)), np.full(GROUP, 6.0, np.float32)), "score 2, bid 3"
 
 
+def test_slates_of_a_batch_must_be_alike() -> None:
+    """Utilities 9 for all of group 0; users of length 1 and 2."""
+    scale_B = np.array([1, 2, 1], np.float32)
+    row_BK = np.tile(np.arange(GROUP), (3, 1))
+    utility_BK = np.full((3, GROUP), 9, np.float32) * scale_B[:, None]
+    item_ids = [list(range(GROUP)) for _ in range(3)]
+    assert torn_slates(Slates(item_ids, row_BK, utility_BK, "v", 1), scale_B) == 0
+    other_BK = utility_BK.copy()
+    other_BK[1, 3] = 9
+    assert torn_slates(Slates(item_ids, row_BK, other_BK, "v", 1), scale_B) == 1
+    assert torn_slates(Slates(item_ids, row_BK, utility_BK + 1, "v", 1), scale_B) == 3
+    assert torn_slates(Slates([*item_ids[:2], item_ids[2][:-1]], row_BK, utility_BK, "v", 1), scale_B) == 1
+
+
+def test_the_host_s_rules_give_the_folded_rival_s_rows() -> None:
+    rows, (users, requests), plan = make_rows(500), make_requests(1, 500), Plan(k=40, advertiser_cap=3)
+    live = LiveIndex(rows, InteractionScorer(256, 16))
+    with live.pin() as pinned, torch.inference_mode():
+        columns = pinned.table.used()
+        asked = Requests.build(requests, rows.layout, lambda ids: live.rows_of(ids, 500))
+        case = Case(live.retrieval, columns, users, asked, plan, 500)
+        slate = HostRules.of(columns, asked, plan).slate(case.scores()[0, 0].numpy())
+        assert slate.tolist() == case.folded()[1][0].tolist() == case.as_written()[1][0].tolist()
+
+
+def test_latency_under_updates_is_told_for_each_rate() -> None:
+    entries = updates("cpu", 300, Plan(k=20, advertiser_cap=3), 0.25)
+    assert [entry["measure"] for entry in entries] == [
+        "index.updates_600.p99_ratio", "index.updates_6000.p99_ratio", "index.updates_60000.p99_ratio",
+    ]  # fmt: skip
+    assert [entry["target"] for entry in entries] == [1.05, 1.05, None]
+    assert all(entry["value"] > 0 for entry in entries)
+
+
+def test_the_kernels_are_checked_and_the_check_notices_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    plan = Plan(k=20, advertiser_cap=2)
+    check_kernels("cpu", 150, plan)
+    monkeypatch.setattr(reference, "is_full", lambda group, taken, cap: False)
+    with pytest.raises(AssertionError, match="request 0"):
+        check_kernels("cpu", 150, plan)
+
+
+def test_eight_bits_find_nearly_the_same_items() -> None:
+    entries = eight_bits("cpu", 3000, users=3, k=50)
+    assert [entry["measure"] for entry in entries] == ["index.int8.recall@1000", "index.int8.mlp.recall@1000"]
+    assert all(0.9 < entry["value"] <= 1 for entry in entries)
+
+
 def test_rows_whose_fields_differ_are_torn() -> None:
     rows = group_rows(0, 5)
     assert not rows_are_torn(rows)
@@ -63,7 +129,7 @@ def test_main_checks_and_records_nothing_small(
 
 
 def test_torn_answers_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "torn_reads", lambda *_: Reads(answers=10, torn=1))
+    monkeypatch.setattr(index, "torn_reads", lambda *_, **__: Reads(answers=10, torn=1))
     monkeypatch.setattr(index, "check", lambda *_: None)
     with pytest.raises(AssertionError, match="1 torn"):
         index.main(["--device", "cpu", "--quick"])

@@ -102,6 +102,54 @@ def test_a_cache_knows_its_size() -> None:
     assert cache.longest == 4
 
 
+def test_recomputed_layers_have_the_same_gradients() -> None:
+    blocks = make_blocks()
+    found = []
+    for is_recomputed in (False, True):
+        context = ContextPass(blocks, "a", is_recomputed=is_recomputed)
+        event_ED, candidate_TD = draw(9, torch.float64, 1).requires_grad_(), draw(3, torch.float64, 2)
+        cache, _ = context(event_ED, offsets_of([5, 4]), torch.arange(9))
+        out = context.cross(candidate_TD, offsets_of([2, 1]), cache)
+        found.append(torch.autograd.grad(out.square().sum(), [event_ED, *context.parameters()]))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float8_e4m3fn, 0.04), (torch.int8, 0.01)])
+def test_a_quantised_cache_is_a_byte_a_number_and_near(dtype: torch.dtype, allowed: float) -> None:
+    """Rounding to 3 bits behind the point is off by 1 in 16 at most, to 127 steps by half a step of the largest."""
+    context = ContextPass(make_blocks())
+    cache = make_cache(context, [7, 0, 12])
+    small = cache.quantised(dtype)
+    assert small.dtype == dtype
+    assert small.num_bytes == cache.num_bytes // 8 + 3 * 2 * (3 * SMALL.num_heads) * 4  # f32 scales of 3 requests
+    for i in range(3):
+        for one, two in zip(small.read(i), cache.read(i), strict=True):
+            assert one.dtype == torch.float64
+            assert (one - two).norm() / two.norm() < allowed
+    candidate_TD, offsets = draw(4, torch.float64, 2), offsets_of([2, 1, 1])
+    exact = context.cross(candidate_TD, offsets, cache)
+    assert 0 < (context.cross(candidate_TD, offsets, small) - exact).norm() / exact.norm() < allowed
+
+
+def test_what_a_request_keeps_does_not_depend_on_its_company() -> None:
+    context = ContextPass(make_blocks())
+    event_ED = draw(12, torch.float64, 1)
+    both = context(event_ED, offsets_of([5, 7]), torch.arange(12))[0].quantised(torch.int8)
+    alone = context(event_ED[5:], offsets_of([7]), torch.arange(7))[0].quantised(torch.int8)
+    for one, two in zip(both.scales, alone.scales, strict=True):
+        torch.testing.assert_close(one[0][1:], two[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(one[1][1:], two[1], rtol=1e-6, atol=0)
+
+
+def test_a_cache_is_quantised_once_and_to_a_byte() -> None:
+    cache = make_cache(ContextPass(make_blocks()), [4])
+    with pytest.raises(ConfigError, match="float8_e4m3fn or int8, got one asked for torch"):
+        cache.quantised(torch.float16)
+    with pytest.raises(ConfigError, match="got one quantised already"):
+        cache.quantised(torch.int8).quantised(torch.int8)
+
+
 def test_a_cache_of_other_weights_is_refused() -> None:
     blocks = make_blocks()
     context = ContextPass(blocks)

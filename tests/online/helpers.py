@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -177,12 +177,14 @@ class Rows:
 
 
 @contextmanager
-def serving(registry: Path, url: str, **settings: Any) -> Iterator[tuple[Server, UserTowerClient]]:
+def serving(
+    registry: Path, url: str, *, now_us: Callable[[], int] = lambda: time.time_ns() // 1000, **settings: Any
+) -> Iterator[tuple[Server, UserTowerClient]]:
     """A server in this process and a client of it."""
     defaults: dict[str, Any] = {"port": 0, "metrics_port": 0, "poll_ms": 20.0, "notice_s": 0.0, "deadline_ms": 2000.0}
     # A machine busy with other tests may take longer than a service should.
     defaults["store_timeout_ms"] = 1000.0
-    server = Server(Settings(registry=str(registry), redis_url=url, **(defaults | settings)))
+    server = Server(Settings(registry=str(registry), redis_url=url, **(defaults | settings)), now_us=now_us)
     try:
         server.start()
         with UserTowerClient(f"127.0.0.1:{server.port}", timeout_s=10.0) as client:

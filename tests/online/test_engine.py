@@ -13,9 +13,11 @@ from feature_repo import layout
 from model.errors import StateMismatch, StoreUnavailable
 from model.item_index import ItemIndex
 from model.records import Context, Id
+from model.retrieval.rules import Plan
 from online.engine import Answered, Request, process_batch, retrieve
 from online.errors import DeadlineExceeded, RequestError
 from online.guard import Answer
+from online.items import ServedItems
 from online.residents import ResidentSet
 from online.stores.memory import MemoryStore
 from tests.online.conftest import World
@@ -118,17 +120,17 @@ def test_no_requests_no_answers(pair: ResidentSet, store: MemoryStore) -> None:
 
 
 def test_no_search_after_the_deadline(pair: ResidentSet, store: MemoryStore) -> None:
-    class Unsearchable(ItemIndex):
-        def search(self, user_BE: Any, k: int) -> Any:
+    class Unsearchable(ServedItems):
+        def search(self, *_: Any) -> Any:
             raise AssertionError("searched for nobody")
 
-    index = Unsearchable(pair.serving.embedding_version, pa.array([1]), torch.zeros(1, 16))
+    index = Unsearchable.of_snapshot(ItemIndex(pair.serving.embedding_version, pa.array([1]), torch.zeros(1, 16)))
     searchable = replace(pair, residents=(replace(pair.serving, index=index),))
     times = iter([10.0, 11.5])
     with pytest.raises(DeadlineExceeded, match=r"500\.0 ms before the search"):
         retrieve(
             request(3, deadline=11.0),
-            5,
+            Plan(k=5),
             searchable,
             store,
             now_us=NOW_US,

@@ -47,10 +47,10 @@ def test_it_equals_the_module(tmp_path: Path, changes: dict[str, Any], ids: str)
     states = random.standard_normal((40, release.config.state_width)).astype(np.float32)
     until_us = [None if n % 3 == 0 else NOW_US - n * 10**9 for n in range(40)]
     wanted = release.embed(states, contexts, until_us)
-    np.testing.assert_allclose(head.embed(states, contexts, until_us), wanted, atol=2e-6)
+    np.testing.assert_allclose(head.embed(states, contexts, until_us), wanted, rtol=1e-6, atol=2e-6)
     for n in range(40):
         alone = head.embed(states[n : n + 1], [contexts[n]], [until_us[n]])
-        np.testing.assert_allclose(alone[0], wanted[n], atol=2e-6)
+        np.testing.assert_allclose(alone[0], wanted[n], rtol=1e-6, atol=2e-6)
     np.testing.assert_array_equal(head.cold_state, release.cold_state)
 
 

@@ -15,6 +15,7 @@ from model.retrieval.rows import Deltas, ItemRows, Layout
 from model.retrieval.rules import Plan, Request
 from model.retrieval.scorer import DotScorer
 from online.item_feed import Deletion, ItemFeed, pack, send, stream_key, unpack
+from online.stream import connect
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_it_follows_until_told_to_stop(client: redis.Redis) -> None:
 
 
 def test_redis_away_is_said() -> None:
-    nobody = redis.Redis(port=1, socket_connect_timeout=0.2, socket_timeout=0.2)
+    nobody = connect("redis://127.0.0.1:1/0", timeout_s=0.2)
     index = LiveIndex(rows_of("v", {10: 1}), DotScorer())
     with pytest.raises(StoreUnavailable, match="cannot be read"):
         ItemFeed(nobody, index).step()
@@ -140,3 +141,19 @@ def test_deltas_travel_with_the_columns_they_have() -> None:
     assert (back.item_ids, back.bid_R, back.eligible_R) == (["a", "b"], None, None)
     assert back.budget_R is not None
     assert back.budget_R.tolist() == [1.5, 2.5]
+
+
+def test_a_server_goes_on_past_what_was_lost_and_what_is_no_update(client: redis.Redis) -> None:
+    index = LiveIndex(rows_of("feed-on", {10: 1}), DotScorer())
+    feed = ItemFeed(client, index, is_strict=False)
+    for item in (11, 12, 13):
+        send(client, rows_of("feed-on", {item: item}))
+    client.xtrim(stream_key("feed-on"), maxlen=1, approximate=False)
+    client.xadd(stream_key("feed-on"), {"hello": "there"})
+    send(client, rows_of("feed-on", {14: 14}))
+    send(client, ItemRows.build("feed-on", Layout(embedding_dim=1), ["a"], [5.0]))
+    client.delete(f"{stream_key('feed-on')}:number")
+    send(client, rows_of("feed-on", {15: 15}))  # Redis lost its memory: numbers begin anew
+    assert feed.step() == 5
+    assert (feed.applied, feed.refused, feed.lost, feed.number) == (3, 2, 2 + 1, 1)
+    assert best(index) == [15, 14, 13, 10]

@@ -397,7 +397,7 @@ def test_a_stale_index_is_refused_and_without_index_matches_the_detector_trips(
 ) -> None:
     """The fault: whatever version is asked for, a's items come, and nobody looks at their golden items."""
     stale = retrievals.world.a.embedding_version
-    monkeypatch.setattr(following, "_load_index", lambda registry, version: read_snapshot(registry, stale))
+    monkeypatch.setattr(following, "_load_snapshot", lambda registry, version: read_snapshot(registry, stale))
     monkeypatch.setattr(following, "check_golden", lambda index, release: None)
     if gone:
         monkeypatch.setattr(guard, "index_matches", lambda resident, index: True)

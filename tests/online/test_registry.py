@@ -241,7 +241,7 @@ def test_a_thousand_moves(built_world: World, seed: int, monkeypatch: pytest.Mon
             raise CheckpointError(f"{release_id} is torn")
         return Loaded(replace(manifest, release_id=release_id, embedding_version=f"e-{release_id}"), head)
 
-    def load_index(version: str) -> ItemIndex | None:
+    def load_snapshot(version: str) -> ItemIndex | None:
         if version in without_items:
             return None
         return ItemIndex(version, pa.array([1]), torch.zeros(1, 16))
@@ -259,7 +259,7 @@ def test_a_thousand_moves(built_world: World, seed: int, monkeypatch: pytest.Mon
         before_change=announce,
         on_change=seen.append,
         load=load,
-        load_index=load_index,
+        load_snapshot=load_snapshot,
     )
     names = [f"r{n}" for n in range(5)]
     for _ in range(1000):

@@ -17,10 +17,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 
 from model.kernels.crossing_attention_gluon import HopperTiles, _order_kernel, choose_hopper_tiles, is_hopper
-from model.kernels.crossing_attention_triton import Tiles, choose_tiles, crossing_attention_kernel
+from model.kernels.crossing_attention_triton import BackwardTiles, Tiles, choose_tiles, crossing_attention_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = Tiles(16, 16, 32, num_warps=4, num_stages=2, backward_rows=16, backward_keys=16)
+SMALL_BACKWARD = BackwardTiles(16, 16, num_warps=4, num_stages=2)
+SMALL = Tiles(
+    16, 16, 32, num_warps=4, num_stages=2, query_gradient=SMALL_BACKWARD, history_gradient=SMALL_BACKWARD
+)  # fmt: skip
 NAMES = ("out", "lse", "query", "key_self", "value_self", "history_key", "history_value")
 
 

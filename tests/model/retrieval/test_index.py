@@ -239,6 +239,36 @@ def test_bfloat16_rows_are_scored() -> None:
     assert best(index) == [12, 10, 11], "1.001 is 1 in bfloat16"
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.int8, 1 / 254), (torch.float8_e4m3fn, 1 / 16)])
+def test_rows_of_8_bits_keep_a_scale_each(dtype: torch.dtype, off: float) -> None:
+    """A row's largest number is exact, others are within half a step of it; rows move and grow with their scale."""
+    layout = Layout(embedding_dim=4, scalars=1)
+    rng = np.random.default_rng(0)
+    embedding_RE = rng.standard_normal((30, 4)).astype(np.float32) * 10.0 ** rng.integers(-6, 6, (30, 1))
+    embedding_RE[7] = 0
+    index = LiveIndex(
+        ItemRows.build(VERSION, layout, [0, 1], embedding_RE[:2], scalar_RS=[[0.5], [2]]), DotScorer(), dtype=dtype
+    )
+    for item in range(2, 30):
+        index.upsert(ItemRows.build(VERSION, layout, [item], embedding_RE[item : item + 1], scalar_RS=[[item]]))
+    rows = index.copy_of_rows(list(range(30)))
+    largest = np.abs(embedding_RE).max(1)
+    difference = np.abs(rows.feature_RF[:, :4].numpy() - embedding_RE)
+    assert (difference <= off * 1.001 * largest[:, None]).all()
+    assert np.allclose(np.abs(rows.feature_RF[:, :4].numpy()).max(1), largest, rtol=1e-6)
+    assert rows.feature_RF[:, 4].tolist() == [0.5, 2, *range(2, 30)]
+    user_BE = np.eye(4, dtype=np.float32)[:1]
+    found = index.search(user_BE, [Request()], Plan(k=30), VERSION)
+    by_value = np.argsort(-rows.feature_RF[:, 0].numpy(), kind="stable")
+    assert found.row_BK[0].tolist() == by_value.tolist()
+    assert np.array_equal(found.utility_BK[0], rows.feature_RF[:, 0].numpy()[by_value])
+
+
+def test_other_dtypes_are_refused() -> None:
+    with pytest.raises(ShapeError, match=r"int8 or float8_e4m3fn, got torch\.int32"):
+        LiveIndex(rows_of({10: 1}), DotScorer(), dtype=torch.int32)
+
+
 @pytest.mark.parametrize("ids", [[5, 6, 7], ["x", "y", "z"]])
 def test_parquet_keeps_every_column(tmp_path: Path, ids: list[int] | list[str]) -> None:
     made = make_rows(np.random.default_rng(0), 3)

@@ -1,0 +1,57 @@
+"""Causal attention of packed histories: the encoder's and the context pass's.
+
+Legend: T packed events, h heads, d channels of a head, U users.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+KERNEL_HEAD_DIMS = (32, 64, 128)
+
+
+def is_kernel_taken(query_Thd: torch.Tensor) -> bool:
+    """Whether the Triton kernel reads it: half precision on CUDA, no gradient asked for, a head of its widths."""
+    return (
+        query_Thd.is_cuda
+        and query_Thd.dtype in (torch.bfloat16, torch.float16)
+        and query_Thd.shape[-1] in KERNEL_HEAD_DIMS
+        and not (torch.is_grad_enabled() and query_Thd.requires_grad)
+    )
+
+
+def causal_attention(
+    query_Thd: torch.Tensor, key_Thd: torch.Tensor, value_Thd: torch.Tensor, offsets: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """Softmax attention of each event to its user's events up to and including itself. Returns [T, h, d].
+
+    query_Thd, key_Thd, value_Thd: bf16 or f16 on CUDA, any float on the CPU; scores are scaled by d ** -0.5.
+    offsets: i32 [U + 1], on the device, rising from 0; events behind the last offset belong to no user, and what is
+    returned for them is left as it was found.  longest: events of the longest history, or more.
+    On CUDA our kernel in inference, through which no gradient flows, the library's variable-length one in training.
+    """
+    if not query_Thd.is_cuda:
+        return causal_attention_reference(query_Thd, key_Thd, value_Thd, offsets)
+    if is_kernel_taken(query_Thd):
+        from model.kernels.causal_attention_triton import causal_attention_kernel
+
+        out: torch.Tensor = causal_attention_kernel(query_Thd, key_Thd, value_Thd, offsets)
+        return out
+    from torch.nn.attention.varlen import varlen_attn
+
+    lengths = (offsets, offsets, longest, longest)
+    return varlen_attn(query_Thd, key_Thd, value_Thd, *lengths, window_size=(-1, 0))  # type: ignore[return-value]
+
+
+def causal_attention_reference(
+    query_Thd: torch.Tensor, key_Thd: torch.Tensor, value_Thd: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """As causal_attention: one user at a time, on any device, in f32 at least."""
+    wide = torch.promote_types(query_Thd.dtype, torch.float32)
+    out_Thd = torch.zeros_like(query_Thd)
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        query, key, value = (x[begin:end].to(wide).transpose(0, 1) for x in (query_Thd, key_Thd, value_Thd))
+        read_hLd = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out_Thd[begin:end] = read_hLd.transpose(0, 1).to(query_Thd.dtype)
+    return out_Thd

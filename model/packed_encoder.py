@@ -1,0 +1,186 @@
+"""An encoder's inference on CUDA in bfloat16: batches of fixed size, a narrow model's layer in two kernels, held by a
+CUDA graph.
+
+The same function as `Encoder.states`, whose blocks these are: the weights are rounded to bfloat16 once, so is the
+residual stream after each block. That batches all have one size is what lets one graph serve them all.
+
+Legend: U users, T packed events, B events of a batch, D channels, h heads, d channels of a head, L positions.
+"""
+
+import bisect
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.crossing import rotary_angles
+from model.encoder import Block, Encoder
+from model.errors import ConfigError, ShapeError
+from model.features import EventFeatures
+from model.kernels.causal_attention import KERNEL_HEAD_DIMS, causal_attention
+from model.kernels.packed_block import Head, Tail, between
+
+BATCH_TOKENS = 32_768
+"""Events of a batch, unless the longest history has more."""
+
+
+def is_supported(encoder: Encoder) -> bool:
+    """Whether the kernels know the encoder's kind: softmax without a relative bias, one state token, head widths."""
+    config = encoder.config
+    return (
+        config.attention == "softmax"
+        and not config.relative_bias
+        and config.state_tokens == 1
+        and config.d_model // config.num_heads in KERNEL_HEAD_DIMS
+        and config.d_model % 32 == 0
+    )
+
+
+class PackedEncoder:
+    """States of packed histories. Its weights are a copy: they do not follow the encoder's."""
+
+    def __init__(self, encoder: Encoder, *, batch_tokens: int = BATCH_TOKENS) -> None:
+        """encoder: on the device that is to encode; on the CPU the same steps run, without kernels or graphs.
+
+        Raises ConfigError for a kind that is not supported.
+        """
+        if not is_supported(encoder):
+            raise ConfigError("a packed encoder needs softmax attention without bias, one token and heads of 32 to 128")
+        config = encoder.config
+        self.limit, self.batch_tokens = config.history_limit, max(batch_tokens, config.history_limit)
+        encoder = copy.deepcopy(encoder).eval()
+        self.device, self._width = encoder.type_embedding.weight.device, config.d_model
+        blocks = [block for block in encoder.blocks if isinstance(block, Block)]
+        self._heads = [Head.of(block, torch.bfloat16) for block in blocks]
+        self._tails = [Tail.of(block, torch.bfloat16) for block in blocks]
+        self._norm = encoder.norm.float()
+        angle_Ld = rotary_angles(torch.arange(self.limit), config.d_model // config.num_heads)
+        self._cos_Ld, self._sin_Ld = (x.to(self.device) for x in (angle_Ld.cos(), angle_Ld.sin()))
+        self._embed = torch.compile(encoder.embed, dynamic=False) if self.device.type == "cuda" else encoder.embed
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph | None, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    @torch.inference_mode()
+    def states(self, events: EventFeatures) -> torch.Tensor:
+        """User states after each user's last event, f32 [U, D], on the device. A user's state has the same bits in any
+        company.
+
+        Raises ShapeError for a user without events or with more than history_limit.
+        """
+        length_U = events.offsets.diff().numpy()
+        if not len(length_U) or length_U.min() < 1 or length_U.max() > self.limit:
+            raise ShapeError(f"states needs at least one user, and 1 to {self.limit} events of every user")
+        batches = plan_batches(length_U, self.batch_tokens)
+        size = 1 << max(max(map(len, batches)) - 1, 15).bit_length()
+        offsets, begins, outs = lay_out(length_U, batches, size)
+        offsets_BU, begin_BU, out_U = (torch.from_numpy(x).to(self.device) for x in (offsets, begins, outs))
+        row_BE, position_BE = self._places(offsets_BU, begin_BU)
+        columns = (events.item_T, events.type_T, events.gap_T, *events.column_TC.unbind(1))
+        staged_BCE = torch.stack([*(x[row_BE] for x in columns), position_BE], 1)
+        graph, inputs_CE, offsets_U, out = self._graph(size, staged_BCE.shape[1])
+        state_BUD = torch.empty(len(batches), size, self._width, device=self.device)
+        for b in range(len(batches)):
+            inputs_CE.copy_(staged_BCE[b])
+            offsets_U.copy_(offsets_BU[b])
+            if graph is None:
+                out = self._compute(inputs_CE, offsets_U)
+            else:
+                graph.replay()
+            state_BUD[b] = out
+        return state_BUD.flatten(0, 1)[out_U]
+
+    def _places(self, offsets_BU: torch.Tensor, begin_BU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every batch the event at each place, and its position in its history: i64 [batches, B].
+
+        Places behind a batch's last event hold the first event, at position 0, and belong to no user.
+        """
+        place_BE = torch.arange(self.batch_tokens, device=self.device, dtype=torch.int32).repeat(len(offsets_BU), 1)
+        slot_BE = torch.searchsorted(offsets_BU, place_BE, right=True).clamp_max(begin_BU.shape[1]) - 1
+        is_event = place_BE < offsets_BU[:, -1:]
+        position_BE = torch.where(is_event, place_BE - offsets_BU.gather(1, slot_BE), 0).long()
+        return torch.where(is_event, begin_BU.gather(1, slot_BE) + position_BE, 0), position_BE
+
+    def _graph(
+        self, size: int, columns: int
+    ) -> tuple[torch.cuda.CUDAGraph | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The graph for up to so many users a batch, its inputs and its output, captured where there is none yet.
+
+        Inputs: i64 [columns, B] and i32 [size + 1]. On the CPU there is no graph.
+        """
+        if size in self._graphs:
+            return self._graphs[size]
+        device = self.device
+        inputs_CE = torch.zeros(columns, self.batch_tokens, dtype=torch.int64, device=device)
+        offsets_U = torch.zeros(size + 1, dtype=torch.int32, device=device)
+        if device.type != "cuda":
+            return None, inputs_CE, offsets_U, torch.empty(0)
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._compute(inputs_CE, offsets_U)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self._compute(inputs_CE, offsets_U)
+        self._graphs[size] = graph, inputs_CE, offsets_U, out
+        return self._graphs[size]
+
+    def _compute(self, inputs_CE: torch.Tensor, offsets_U: torch.Tensor) -> torch.Tensor:
+        """States f32 [size, D]; of users that are not there, anything."""
+        item, kind, gap, *columns, position_B = inputs_CE.unbind()
+        column_BC = torch.stack(columns, 1) if columns else item.new_empty(len(item), 0)
+        event_BD = self._embed(item, kind, gap, column_BC).to(torch.bfloat16)
+        hidden_BD = self.run(event_BD, position_B, offsets_U)
+        return self._norm(hidden_BD[(offsets_U[1:].long() - 1).clamp_min(0)].float())  # type: ignore[no-any-return]
+
+    def run(self, event_TD: torch.Tensor, position_T: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Embedded events through the blocks: bf16 [T, D]. position_T: i64.  offsets: i32 [U + 1], on the device."""
+        angles = position_T, self._cos_Ld, self._sin_Ld
+        event_TD, projected = between(event_TD, None, None, self._heads[0], *angles)
+        for tail, head in zip(self._tails, [*self._heads[1:], None], strict=True):
+            assert projected is not None
+            query_Thd, key_Thd, value_Thd = projected.unbind(1)
+            attended_Thd = causal_attention(query_Thd, key_Thd, value_Thd, offsets, self.limit)
+            event_TD, projected = between(event_TD, attended_Thd.flatten(1), tail, head, *angles)
+        return event_TD
+
+
+def lay_out(
+    length_U: NDArray[np.int64], batches: Sequence[NDArray[np.int64]], size: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """Of each batch, with up to `size` users: where they end, i32 [batches, size + 1], and where their events begin
+    among all, i64 [batches, size]; of each user the place of its state, i64 [U]. Users that are not there have no
+    events."""
+    begin_U = np.cumsum(length_U) - length_U
+    offsets = np.zeros((len(batches), size + 1), np.int32)
+    begins = np.zeros((len(batches), size), np.int64)
+    outs = np.empty(len(length_U), np.int64)
+    for b, users in enumerate(batches):
+        ends = np.cumsum(length_U[users])
+        offsets[b, 1 : len(users) + 1] = ends
+        offsets[b, len(users) + 1 :] = ends[-1]
+        begins[b, : len(users)] = begin_U[users]
+        outs[users] = b * size + np.arange(len(users))
+    return offsets, begins, outs
+
+
+def plan_batches(length_U: NDArray[np.int64], tokens: int) -> list[NDArray[np.int64]]:
+    """Users in batches of at most so many events: the longest first, each where it leaves the least room (best fit).
+
+    Every user is in one batch; none may have more than `tokens` events.
+    """
+    batches: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # of the batches that are not full: room and number, rising
+    for user in np.argsort(-length_U, kind="stable").tolist():
+        length = int(length_U[user])
+        place = bisect.bisect_left(rooms, (length, 0))
+        if place < len(rooms):
+            room, number = rooms.pop(place)
+        else:
+            room, number = tokens, len(batches)
+            batches.append([])
+        batches[number].append(user)
+        if room > length:
+            bisect.insort(rooms, (room - length, number))
+    return [np.array(batch) for batch in batches]

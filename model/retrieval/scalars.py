@@ -1,0 +1,73 @@
+"""What a trained scorer reads of an item besides its embedding, and an index made of a release.
+
+Scalars are counts of the log as of a time, so an index holds them as values that updates bring up to date (an upsert,
+every `ScorerConfig.bucket_s` seconds); training and evaluation count as of the same instants.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from model.config import TowerConfig
+from model.errors import ConfigError, ShapeError
+from model.live_items import LiveCounts
+from model.release import Release
+from model.retrieval.index import LiveIndex
+from model.retrieval.rows import ItemRows, Layout
+from model.retrieval.scorer import DotScorer, ScorerConfig
+
+_SCALE = 4.0
+"""Divides logarithms of counts, to about 1."""
+
+
+def counting_config(config: ScorerConfig, tower: TowerConfig) -> TowerConfig:
+    """The tower's config with the scorer's windows and bucket: what LiveCounts is built with to count its scalars."""
+    return replace(tower, live_windows_h=config.windows_h, live_bucket_s=config.bucket_s)
+
+
+def item_scalars(counts: LiveCounts, item: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
+    """Scalars of items as of buckets: f32 [..., S], values of order 1.
+
+    counts: built with `counting_config`. item: i64 in [0, I). bucket: i64, of a shape that broadcasts to it. For each
+    window and for the whole past: log(1 + count) and log((1 + count) / (1 + count of all items)); then whether the item
+    has had an event, and log(1 + buckets since the first); all divided by 4.
+    """
+    return scaled(counts.item_features(item, bucket))
+
+
+def scaled(feature: torch.Tensor) -> torch.Tensor:
+    """Scalars of `LiveCounts.item_features`."""
+    return feature / _SCALE
+
+
+def item_rows(release: Release, scalar_NS: torch.Tensor | None = None) -> ItemRows:
+    """A release's catalogue as rows of an index, of its embedding_version; no masks, caps or bids yet.
+
+    scalar_NS: f32 [N, S], in the order of the catalogue, where the release has a scorer that reads them.
+    Raises ShapeError for other scalars than the scorer reads, ConfigError for a release with live item features.
+    """
+    config, scorer = release.config, release.manifest.scorer
+    if config.live_windows_h:
+        raise ConfigError(f"release {release.manifest.release_id} scores live item features; an index cannot hold them")
+    wanted = release.featuriser.num_items, 0 if scorer is None else scorer.scalars
+    if scalar_NS is None:
+        scalar_NS = torch.zeros(wanted[0], 0)
+    if tuple(scalar_NS.shape) != wanted:
+        raise ShapeError(f"scalars must have shape {list(wanted)}, got {list(scalar_NS.shape)}")
+    assert release.item_table is not None, "the items part is loaded"
+    return ItemRows.build(
+        release.manifest.embedding_version,
+        Layout(embedding_dim=config.embedding_dim, scalars=wanted[1]),
+        release.featuriser.item_ids.to_pylist(),
+        release.item_table[: wanted[0]].cpu(),
+        scalar_RS=scalar_NS.cpu(),
+    )
+
+
+def live_index(
+    release: Release, scalar_NS: torch.Tensor | None = None, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
+) -> LiveIndex:
+    """An index of a release's catalogue, scored by its scorer, or by the dot product where it has none."""
+    scorer = DotScorer() if release.manifest.scorer is None else release.scorer
+    return LiveIndex(item_rows(release, scalar_NS), scorer, dtype=dtype, device=device)

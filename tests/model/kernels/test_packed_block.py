@@ -1,0 +1,166 @@
+"""A block between two attentions, and causal attention, against plain PyTorch in float64."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.config import TowerConfig
+from model.crossing import finish, project, rotary_angles
+from model.encoder import Block, Packing, packed_causal_attention
+from model.errors import ConfigError, ShapeError
+from model.kernels.packed_block import (
+    Head,
+    Tail,
+    adjacent,
+    between,
+    between_products,
+    between_reference,
+    finish_products,
+)
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from model.kernels.causal_attention import causal_attention_reference
+from model.kernels.causal_attention_triton import CausalTiles, launch
+from model.kernels.packed_block_triton import add_norm_kernel, between_kernel, rotate_kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDING = 2**-7.9 if torch.cuda.is_available() else 2**-6.9  # the interpreter cuts off where a GPU rounds
+SMALL = {"rows": 32, "chunk": 32, "num_warps": 4, "num_stages": 2}
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def make_blocks(width: int, heads: int) -> list[Block]:
+    """Weights that bfloat16 holds exactly, biases and norms that do something."""
+    torch.manual_seed(0)
+    blocks = [Block(TowerConfig(d_model=width, num_heads=heads, dropout=0.0)).to(DEVICE).eval() for _ in range(2)]
+    for parameter in [p for block in blocks for p in block.parameters()]:
+        parameter.data = (parameter.data + 0.05 * torch.randn_like(parameter)).bfloat16().double()
+    return blocks
+
+
+def make_packing(lengths: Sequence[int], head_dim: int) -> tuple[Packing, torch.Tensor, torch.Tensor]:
+    total = sum(lengths)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    packing = Packing.of(offsets, head_dim, torch.zeros(total, dtype=torch.int64, device=DEVICE))
+    angle_Ld = rotary_angles(torch.arange(64), head_dim).to(DEVICE)
+    return packing, angle_Ld.cos(), angle_Ld.sin()
+
+
+def unpaired(x_Thd: torch.Tensor) -> torch.Tensor:
+    """Channels back in the block's order."""
+    return torch.cat([x_Thd[..., 0::2], x_Thd[..., 1::2]], -1)
+
+
+def assert_close(found: torch.Tensor, exact: torch.Tensor, slack: float) -> None:
+    found, exact = found.detach(), exact.detach()
+    error = (found.double() - exact).abs()
+    assert found.dtype == torch.bfloat16
+    assert error.norm() <= 8e-3 * exact.norm() + 1e-9
+    assert bool((error <= exact.abs() * ROUNDING + slack).all()), float((error - exact.abs() * ROUNDING).max())
+
+
+@pytest.mark.parametrize(("width", "heads"), [(64, 2), (64, 1), (128, 2)])
+@pytest.mark.parametrize("has_tail", [False, True])
+@pytest.mark.parametrize("has_head", [False, True])
+@pytest.mark.parametrize("way", [between_reference, between_kernel, between_products])
+def test_between_is_what_two_blocks_do(
+    width: int, heads: int, has_tail: bool, has_head: bool, way: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+) -> None:
+    one, two = make_blocks(width, heads)
+    packing, cos_Ld, sin_Ld = make_packing([20, 1, 24], width // heads)
+    event_TD, attended_TD = draw(45, width), draw(45, width, seed=1)
+    exact_TD = finish(one, event_TD.double(), attended_TD.double()) if has_tail else event_TD.double()
+    tail = Tail.of(one, torch.bfloat16) if has_tail else None
+    head = Head.of(two, torch.bfloat16) if has_head else None
+    arguments = event_TD, attended_TD if has_tail else None, tail, head, packing.position_T, cos_Ld, sin_Ld
+    found_TD, found = way(*arguments, **SMALL) if way is between_kernel else way(*arguments)
+    is_rounded_within = way is not between_reference
+    assert_close(found_TD, exact_TD, 4e-2 if is_rounded_within else 1e-4)
+    if not has_head:
+        assert found is None
+        return
+    assert found is not None
+    query, key, value = project(two, exact_TD, packing)
+    slack = 6e-2 if is_rounded_within else 1e-4
+    for mine, theirs in ((unpaired(found[:, 0]), query), (unpaired(found[:, 1]), key), (found[:, 2], value)):
+        assert_close(mine, theirs, slack)
+
+
+def test_a_block_behind_its_attention_by_products() -> None:
+    block = make_blocks(96, 3)[0]
+    event_TD, attended_TD = draw(45, 96), draw(45, 96, seed=1)
+    exact_TD = finish(block, event_TD.double(), attended_TD.double())
+    assert_close(finish_products(block.bfloat16(), event_TD, attended_TD), exact_TD, 4e-2)
+
+
+def test_add_and_norm() -> None:
+    event_TD, added_TD = draw(37, 96), draw(37, 96, seed=1)
+    bias_D, weight_D, norm_bias_D = (draw(96, seed=seed, dtype=torch.float32) for seed in (2, 3, 4))
+    exact_TD = event_TD.double() + added_TD.double() + bias_D.double()
+    total_TD, normed_TD = add_norm_kernel(event_TD, added_TD, bias_D, weight_D, norm_bias_D, 1e-5)
+    normed = torch.nn.functional.layer_norm(exact_TD, (96,), weight_D.double(), norm_bias_D.double(), 1e-5)
+    assert_close(total_TD, exact_TD, 1e-5)
+    assert_close(normed_TD, normed, 1e-3)
+    assert torch.equal(add_norm_kernel(event_TD, None, None, None, None, 0.0)[0], event_TD)
+
+
+def test_a_rotation_in_place_is_the_heads() -> None:
+    block = make_blocks(96, 3)[0]
+    packing, cos_Ld, sin_Ld = make_packing([20, 1, 24], 32)
+    event_TD, head = draw(45, 96), Head.of(block, torch.bfloat16)
+    exact = between_reference(event_TD.double(), None, None, head, packing.position_T, cos_Ld, sin_Ld)[1]
+    assert exact is not None
+    normed_TD = block.attention_norm(event_TD.double())
+    projected = torch.nn.functional.linear(normed_TD, head.qkv_ND.double()).bfloat16()
+    found = rotate_kernel(projected, head.qkv_bias_N, 3, packing.position_T, cos_Ld, sin_Ld)
+    assert (found.double() - exact).abs().max() < 3 * ROUNDING * exact.abs().max()
+
+
+def test_scores_do_not_change_with_the_order_of_channels() -> None:
+    weight = draw(3 * 2 * 32, 64, dtype=torch.float64)
+    query, key, value = weight.chunk(3)
+    paired = adjacent(weight, 2).chunk(3)
+    assert torch.equal(paired[2], value)
+    for head in range(2):
+        part = slice(32 * head, 32 * head + 32)
+        scores = query[part].T @ key[part]
+        assert torch.allclose(paired[0][part].T @ paired[1][part], scores)
+    assert torch.equal(paired[0][:4], query[[0, 16, 1, 17]])
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 0, 1, 40, 17, 64, 0], [100], [2] * 9])
+@pytest.mark.parametrize("tiles", [CausalTiles(32, 16, 4, 2), CausalTiles(16, 16, 4, 1)])
+def test_causal_attention_matches_the_padded_one(lengths: Sequence[int], tiles: CausalTiles) -> None:
+    offsets, total = torch.tensor([0, *lengths]).cumsum(0), sum(lengths)
+    query, key, value = draw(total, 3, 2, 32).unbind(1)  # rows lie apart
+    packing = Packing.of(offsets, 32, torch.zeros(total, dtype=torch.int64, device=DEVICE))
+    exact = packed_causal_attention(query.double(), key.double(), value.double(), packing)
+    for found in (
+        launch(query, key, value, packing.offsets, tiles),
+        causal_attention_reference(query, key, value, packing.offsets),
+    ):
+        assert (found.double() - exact).norm() / exact.norm() < 5e-3
+
+
+def test_blocks_of_keys_that_reach_beyond_a_tile_are_refused() -> None:
+    """Keys before a tile are read without a mask: a block across its edge would count later ones, and those twice."""
+    with pytest.raises(ConfigError, match="keys must divide rows, got 128 and 64"):
+        CausalTiles(64, 128, 4, 2)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    block = make_blocks(64, 2)[0]
+    packing, cos_Ld, sin_Ld = make_packing([3], 32)
+    tail, head, event_TD = Tail.of(block, torch.bfloat16), Head.of(block, torch.bfloat16), draw(3, 64)
+    rest = packing.position_T, cos_Ld, sin_Ld
+    with pytest.raises(ShapeError, match="with a tail, and without one nothing"):
+        between(event_TD, None, tail, head, *rest)
+    with pytest.raises(ShapeError, match=r"must be \[3, 64\], got \[2, 64\]"):
+        between(event_TD, event_TD[:2], tail, head, *rest)
+    with pytest.raises(ShapeError, match="of 64 channels"):
+        between(event_TD, None, None, replace(head, num_heads=4), *rest)

@@ -1,0 +1,333 @@
+"""The trained scorer: negatives and their counts, what it learns, and its release."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from model.errors import CheckpointError, ConfigError, GoldenMismatch, IndexMismatch, ShapeError
+from model.release import Manifest, Registry
+from model.retrieval.index import LiveIndex
+from model.retrieval.rows import ItemRows
+from model.retrieval.rules import Plan, Request
+from model.retrieval.scalars import counting_config, item_rows, item_scalars, live_index
+from model.retrieval.scorer import InteractionScorer, ScorerConfig
+from model.training import __main__ as command
+from model.training.evaluate import evaluate_quality, show
+from model.training.loop import train
+from model.training.scorer import ScorerData, ScorerSettings, _draw, fit_interaction, start, train_scorer
+from tests.builders import make_description, make_event, make_event_table, write_dataset
+from tests.model.test_training import DAY_US, HOUR_US, QUICK, SMALL, arrays_of, read
+from tests.releases import make_tower
+
+HERE = ScorerConfig(hidden=(8, 4), windows_h=(1.0, 24.0), bucket_s=60)
+BRIEF = ScorerSettings(
+    steps=6, targets_per_step=8, tower_negatives=4, other_negatives=4, validations=2, learning_rate=0.01
+)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "data", users=12, length=9)
+
+
+def trained(dataset: Path, registry: Registry) -> tuple[tuple[Any, ...], Manifest]:
+    """The log and a release of a tower that saw it."""
+    events, items, users, description = read(dataset)
+    made = train(events, items, users, description, registry, settings=replace(QUICK, epochs=1), config=SMALL)
+    return (events, items, users), made.manifest
+
+
+def day_log(days: int = 6, users_a_day: int = 120) -> tuple[pa.Table, pa.Table, Any]:
+    """Each day everybody clicks two of the day's ten new items: no id tells them, a count does."""
+    rng = np.random.default_rng(0)
+    histories = {}
+    for day in range(days):
+        for user in range(users_a_day):
+            hours = np.sort(rng.uniform(0, 20, 2))
+            hot = 1 + 10 * day + rng.permutation(2)
+            chosen = hot if user % 5 else [hot[0], 1 + 10 * day + rng.integers(2, 10)]
+            histories[1 + day * users_a_day + user] = [
+                make_event(int(item), "click", DAY_US * (19_000 + day) + int(hour * HOUR_US))
+                for item, hour in zip(chosen, hours, strict=True)
+            ]
+    description = make_description(
+        user_columns=[], item_columns={}, event_columns=[], context_columns=[],
+        evaluation={"split": "time", "test_from": "2022-01-13T00:00:00Z"},
+    )  # fmt: skip
+    items = pa.table({"item_id": pa.array(range(1, 10 * days + 1), pa.int64())})
+    return make_event_table(histories, description), items, description
+
+
+def test_a_scorer_begins_as_the_dot_product_and_learns_what_is_popular_now(tmp_path: Path) -> None:
+    events, items, description = day_log()
+    registry = Registry(tmp_path)
+    settings = replace(QUICK, epochs=4, learning_rate=0.01, validation_share=0.5)
+    base = train(events, items, None, description, registry, settings=settings, config=SMALL).manifest
+    result = train_scorer(
+        events, items, None, registry, base.release_id, config=HERE,
+        settings=replace(BRIEF, steps=300, targets_per_step=32, tower_negatives=16, other_negatives=16),
+    )  # fmt: skip
+    history = result.summary["history"]
+    assert [row["step"] for row in history] == [0, 150, 300]
+    assert history[2]["loss"] < history[1]["loss"]
+    assert result.summary["best_step"] > 0
+    assert result.manifest.metrics["validation_ndcg@100"] > result.manifest.metrics["validation_ndcg@100_dot"]
+    report = evaluate_quality(registry.load(result.manifest.release_id), events, items, None, ks=(2,), resamples=20)
+    scorer, dot = (report["arms"][arm]["item_unseen"]["recall@2"]["value"] for arm in ("scorer", "context"))
+    # two of the day's ten items get nine clicks in ten; the user's first click is no candidate for the second
+    assert scorer > 0.6
+    assert scorer > dot + 0.2
+    assert "scorer, with context" in show(report)
+
+
+def test_without_a_step_taken_it_orders_as_the_dot_product(dataset: Path, tmp_path: Path) -> None:
+    _, manifest = trained(dataset, registry := Registry(tmp_path / "registry"))
+    release = registry.load(manifest.release_id)
+    scorer = start(HERE, release)
+    user_BE = torch.nn.functional.normalize(torch.randn(3, 8), dim=1)
+    assert release.item_table is not None
+    feature_IF = torch.cat([release.item_table, torch.randn(len(release.item_table), HERE.scalars)], 1)
+    with torch.no_grad():
+        logit_BI = scorer.logits(user_BE, feature_IF)[:, 0]
+    torch.testing.assert_close(logit_BI, user_BE @ release.item_table.T / release.config.temperature)
+
+
+def test_negatives_are_expected_as_often_as_they_are_drawn(dataset: Path, tmp_path: Path) -> None:
+    """Frequencies over many draws against the counts that the loss is corrected by."""
+    log, manifest = trained(dataset, registry := Registry(tmp_path / "registry"))
+    release = registry.load(manifest.release_id)
+    data = ScorerData(release, *log, manifest.description, BRIEF)
+    counts = data.counts(HERE)
+    size = 4000
+    one = torch.full((size,), 5)
+    asked = type(data.trained)(*(getattr(data.trained, name)[one] for name in data.trained.__slots__))
+    torch.manual_seed(0)
+    item_BM, mask_BM, log_count_BM = data.negatives(asked, counts, BRIEF)
+    assert bool((mask_BM == (item_BM == asked.item_B[:, None])).all())
+    found_N = torch.bincount(item_BM.flatten(), minlength=20) / size
+    for item in item_BM.unique().tolist():
+        if item != int(asked.item_B[0]):  # the tower never draws it; of the others its share is not corrected
+            expected = float(log_count_BM[item_BM == item][0].exp())
+            assert abs(float(found_N[item]) - expected) < 5 * math.sqrt(expected / size), item
+    assert float(found_N.sum()) == pytest.approx(8)
+
+
+def test_the_loss_is_that_of_the_whole_catalogue_on_average(dataset: Path, tmp_path: Path) -> None:
+    """Over many draws the sum over negatives, corrected, is the sum over all other items."""
+    log, manifest = trained(dataset, registry := Registry(tmp_path / "registry"))
+    release = registry.load(manifest.release_id)
+    data = ScorerData(release, *log, manifest.description, BRIEF)
+    counts = data.counts(HERE)
+    one = torch.full((20_000,), 3)
+    asked = type(data.trained)(*(getattr(data.trained, name)[one] for name in data.trained.__slots__))
+    torch.manual_seed(0)
+    item_BM, mask_BM, log_count_BM = data.negatives(asked, counts, BRIEF)
+    logit_N = torch.linspace(-1, 1, data.log.num_items)
+    sums_B = ((logit_N[item_BM] - log_count_BM).exp() * ~mask_BM).sum(1)
+    other_N = torch.isin(torch.arange(data.log.num_items), data.drawn) & (
+        torch.arange(data.log.num_items) != asked.item_B[0]
+    )
+    assert float(sums_B.mean()) == pytest.approx(float(logit_N[other_N].exp().sum()), rel=0.02)
+
+
+def test_later_targets_are_drawn_more_often() -> None:
+    """A day of half-life: of equally many targets, those of the last day outweigh those of the day before 2:1."""
+    time_us = np.repeat([0, DAY_US], 3000)
+    settings = replace(BRIEF, max_targets=600, half_life_days=1.0)
+    drawn = _draw(np.arange(6000), time_us, settings, np.random.default_rng(0))
+    assert len(np.unique(drawn)) == 600
+    assert (drawn >= 3000).mean() == pytest.approx(2 / 3, abs=0.06)
+    assert _draw(np.arange(5), time_us, settings, np.random.default_rng(0)).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_scalars_by_hand() -> None:
+    """Two clicks of item 0 and one of item 1 in the hour before, none of item 2."""
+    description = make_description(user_columns=[], item_columns={}, event_columns=[], context_columns=[])
+    start_us = DAY_US * 19_000
+    clicks = [make_event(item, "click", start_us + s * 1_000_000) for item, s in ((1, 0), (1, 60), (2, 120))]
+    histories = {1: clicks, 2: [make_event(3, "click", start_us + 3 * DAY_US)]}
+    table = make_event_table(histories, description)
+    items = pa.table({"item_id": pa.array([1, 2, 3], pa.int64())})
+    log, _ = arrays_of(table, items, None, description)
+    counts = log.live_counts(counting_config(replace(HERE, windows_h=(1.0,)), SMALL))
+    bucket = counts.bucket(torch.tensor(start_us + 180 * 1_000_000))
+    found = item_scalars(counts, torch.arange(3), bucket)
+    log2, log3, log4 = math.log(2), math.log(3), math.log(4)
+    wanted = [
+        [log3, log3 - log4, log3, log3 - log4, 1, math.log(4)],
+        [log2, log2 - log4, log2, log2 - log4, 1, math.log(2)],
+        [0, -log4, 0, -log4, 0, 0],
+    ]
+    torch.testing.assert_close(found, torch.tensor(wanted) / 4)
+
+
+def test_a_release_with_a_scorer_reads_back(dataset: Path, tmp_path: Path) -> None:
+    log, base = trained(dataset, registry := Registry(tmp_path / "registry"))
+    made = train_scorer(*log, registry, base.release_id, config=HERE, settings=BRIEF).manifest
+    assert made.state_version == base.state_version
+    assert made.embedding_version != base.embedding_version
+    assert made.scorer == HERE
+    assert registry.manifest(made.release_id) == made
+    release = registry.load(made.release_id)
+    report = release.verify()
+    assert report.passed
+    assert set(report.differences) == {"states", "embeddings", "items", "scores"}
+    assert release.scorer.embedding_version == made.embedding_version
+    assert torch.equal(registry.load(base.release_id).items.table(), release.items.table())
+    with pytest.raises(CheckpointError, match="has no scorer"):
+        _ = registry.load(base.release_id).scorer
+    with pytest.raises(CheckpointError, match="the scorer part of the release was not loaded"):
+        _ = registry.load(made.release_id, parts=("head", "items")).scorer
+
+
+def test_another_scorer_is_another_embedding_version(tmp_path: Path) -> None:
+    tower, items = make_tower()
+    registry = Registry(tmp_path)
+    versions = []
+    for seed, config in ((1, HERE), (1, HERE), (2, HERE), (1, replace(HERE, bucket_s=120))):
+        torch.manual_seed(seed)
+        scorer = InteractionScorer.of(config, 16)
+        versions.append(registry.write(tower, items, trained_until_us=0, scorer=(config, scorer)).embedding_version)
+    assert versions[0] == versions[1]
+    assert len(set(versions)) == 3
+    with pytest.raises(ConfigError, match="not of the shape that its config"):
+        registry.write(tower, items, trained_until_us=0, scorer=(HERE, InteractionScorer.of(HERE, 8)))
+    with pytest.raises(ConfigError, match="not of the shape that its config"):
+        registry.write(
+            tower, items, trained_until_us=0, scorer=(replace(HERE, with_dot=False), InteractionScorer.of(HERE, 16))
+        )
+
+
+def test_a_scorer_that_computes_otherwise_or_was_altered_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower, items = make_tower()
+    registry = Registry(tmp_path)
+    release_id = registry.write(
+        tower, items, trained_until_us=0, scorer=(HERE, InteractionScorer.of(HERE, 16))
+    ).release_id
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "relu", torch.nn.functional.silu)
+        with pytest.raises(GoldenMismatch, match="scores"):
+            registry.load(release_id)
+    path = tmp_path / "releases" / release_id / "scorer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"scorer.safetensors of release .* was altered or torn"):
+        registry.load(release_id)
+
+
+def with_scorers(tmp_path: Path, seeds: Sequence[int]) -> list[Any]:
+    tower, items = make_tower()
+    registry = Registry(tmp_path)
+    releases = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        scorer = HERE, InteractionScorer.of(HERE, 16)
+        releases.append(
+            registry.load(registry.write(tower, items, trained_until_us=0, scorer=scorer).release_id)
+        )  # fmt: skip
+    return releases
+
+
+def test_an_index_takes_the_scorer_of_its_own_version_only(tmp_path: Path) -> None:
+    one, other = with_scorers(tmp_path, (1, 2))
+    scalar_NS = torch.randn(50, HERE.scalars)
+    index = live_index(one, scalar_NS)
+    user_BE = one.embed(one.cold_state[None], [one.golden_users().contexts[1]], [None])
+    slates = index.search(user_BE, [Request()], Plan(k=5), one.manifest.embedding_version)
+    with torch.no_grad():
+        feature_NF = torch.cat([one.item_table[:50], scalar_NS], 1)
+        score_N = one.scorer(torch.from_numpy(user_BE), feature_NF)[0, 0]
+    best = score_N.topk(5)
+    assert slates.row_BK[0].tolist() == best.indices.tolist()
+    np.testing.assert_allclose(slates.utility_BK[0], best.values.numpy(), rtol=1e-5)
+    with pytest.raises(IndexMismatch, match="a scorer is of embedding version"):
+        LiveIndex(item_rows(one, scalar_NS), other.scorer)
+    with pytest.raises(IndexMismatch, match="a request is of embedding version"):
+        index.search(user_BE, [Request()], Plan(k=5), other.manifest.embedding_version)
+    with pytest.raises(IndexMismatch, match="an upsert is of embedding version"):
+        index.upsert(item_rows(other, scalar_NS))
+
+
+def test_scalars_that_the_scorer_does_not_read_are_refused(tmp_path: Path) -> None:
+    (release,) = with_scorers(tmp_path, (1,))
+    with pytest.raises(ShapeError, match=r"scalars must have shape \[50, 8\], got \[50, 0\]"):
+        item_rows(release)
+    tower, items = make_tower()
+    plain = Registry(tmp_path).load(Registry(tmp_path).write(tower, items, trained_until_us=0).release_id)
+    rows = item_rows(plain)
+    assert isinstance(rows, ItemRows)
+    assert (len(rows), rows.layout.scalars) == (50, 0)
+    assert live_index(plain).search(plain.cold_state[None] * 0 + 1, [Request()], Plan(k=1), rows.embedding_version)
+
+
+def test_probabilities_of_the_candidates_sum_to_about_one(dataset: Path, tmp_path: Path) -> None:
+    log, manifest = trained(dataset, registry := Registry(tmp_path / "registry"))
+    release = registry.load(manifest.release_id)
+    data = ScorerData(release, *log, manifest.description, BRIEF)
+    scorer = start(HERE, release)
+    history = fit_interaction(data, scorer, HERE, BRIEF)
+    assert len(history) == 3
+    user_BE, item_NE, _ = data.validation()
+    counts = data.counts(HERE)
+    bucket = counts.bucket(torch.from_numpy(data.log.time_us_T[data.held_out[:1]]))[0]
+    feature_NF = torch.cat([item_NE, item_scalars(counts, torch.arange(len(item_NE)), bucket)], 1)
+    with torch.no_grad():
+        total = float(scorer(user_BE[:1], feature_NF).sum())
+    assert 0.2 < total < 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("steps", 0, "steps must be at least 1"), ("learning_rate", 0.0, "learning_rate must be above 0")],
+)
+def test_settings_that_make_no_sense_are_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(BRIEF, **{name: value})
+    with pytest.raises(ConfigError, match="not both 0"):
+        ScorerSettings(tower_negatives=0, other_negatives=0)
+
+
+def test_a_config_survives_json_and_refuses_nonsense() -> None:
+    assert ScorerConfig.from_dict(json.loads(json.dumps(HERE.to_dict()))) == HERE
+    with pytest.raises(ConfigError, match="windows_h must rise"):
+        ScorerConfig(windows_h=(24.0, 1.0))
+    with pytest.raises(ConfigError, match="two numbers"):
+        ScorerConfig(hidden=(8,))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="has no field width"):
+        ScorerConfig.from_dict({"width": 3})
+
+
+def test_the_command_line_trains_both_stages(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    registry = tmp_path / "registry"
+    inputs = [
+        "--events", str(dataset / "events.parquet"), "--items", str(dataset / "items.parquet"),
+        "--users", str(dataset / "users.parquet"), "--registry", str(registry), "--device", "cpu",
+    ]  # fmt: skip
+    small = ["--scorer-set", "steps=4", "targets_per_step=8", "hidden=[8,4]", "windows_h=[1,24]", "bucket_s=60"]
+    tower = ["--epochs", "1", "--set", *(f"{name}={value}" for name, value in SMALL.to_dict().items() if name in
+             ("d_model", "embedding_dim", "context_dim", "head_hidden", "num_layers"))]  # fmt: skip
+    assert command.main([*inputs, *tower, "--scorer", *small]) == 0
+    told = capsys.readouterr().out
+    first, second = Registry(registry).releases()
+    assert f"release {second}: release {first} with a scorer" in told
+    manifest = Registry(registry).manifest(second)
+    assert manifest.scorer == ScorerConfig(hidden=(8, 4), windows_h=(1.0, 24.0), bucket_s=60)
+    assert command.main([*inputs, "--scorer-from", first, *small, "windows_h=[]", "--seed", "3"]) == 0
+    assert Registry(registry).load(Registry(registry).releases()[-1]).manifest.scorer.scalars == 0
+    assert command.main([*inputs, "--scorer-from", first, "--scorer"]) == 1
+    assert "trains a scorer alone" in capsys.readouterr().err
+    assert command.main([*inputs, "--scorer-from", first, "--scorer-set", "stepz=3"]) == 1
+    assert "ScorerConfig has no field stepz" in capsys.readouterr().err
+    assert command.main([*inputs, "--scorer-set", "steps=3"]) == 1
+    assert "goes with --scorer" in capsys.readouterr().err
