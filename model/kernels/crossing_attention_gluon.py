@@ -425,18 +425,18 @@ def _read_chunk(
 
 
 @gluon.jit
-def _keep(totals, w: gl.constexpr, at_Md, is_row_M, read, IN_MEMORY: gl.constexpr):
+def _keep(totals, w: gl.constexpr, total_at, is_row_M, read, IN_MEMORY: gl.constexpr):
     """The total waits while a chunk is read."""
     if IN_MEMORY:
-        gl.store(at_Md, read, is_row_M[:, None])
+        gl.store(total_at, read, is_row_M[:, None])
     else:
         totals.index(w).store(read)
 
 
 @gluon.jit
-def _kept(totals, w: gl.constexpr, at_Md, is_row_M, IN_MEMORY: gl.constexpr, LAYOUT: gl.constexpr):
+def _kept(totals, w: gl.constexpr, total_at, is_row_M, IN_MEMORY: gl.constexpr, LAYOUT: gl.constexpr):
     if IN_MEMORY:
-        return gl.load(at_Md, is_row_M[:, None], 0.0)
+        return gl.load(total_at, is_row_M[:, None], 0.0)
     else:
         return totals.index(w).load(LAYOUT)
 
@@ -477,8 +477,9 @@ def _attend(
                 query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M, head,
                 key_head, scale_log2, TOKENS, D, READ,
             )  # fmt: skip
-            at_Md = part + (row_M * heads + head)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, READ))[None, :]
-            _keep(totals, w, at_Md, is_row_M, read, IN_MEMORY)
+            channel_d = gl.arange(0, D, gl.SliceLayout(0, READ))
+            total_at = part + (row_M * heads + head)[:, None] * D + channel_d[None, :]
+            _keep(totals, w, total_at, is_row_M, read, IN_MEMORY)
             mbarrier.wait(query_full.index(w), 0)
             for chunk in range(first_chunk, last_chunk):
                 chunk_end = gl.minimum(chunk * CHUNK + CHUNK, length) - chunk * CHUNK
@@ -487,11 +488,10 @@ def _attend(
                     query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks,
                     chunk_end - (blocks - 1) * KEYS, scale_log2, w, KEYS, D, ORDER,
                 )  # fmt: skip
-                largest, total, read = _fold(
-                    largest, total, _kept(totals, w, at_Md, is_row_M, IN_MEMORY, READ), chunk_largest, chunk_total, chunk_read
-                )  # fmt: skip
-                _keep(totals, w, at_Md, is_row_M, read, IN_MEMORY)
-            read = _kept(totals, w, at_Md, is_row_M, IN_MEMORY, READ)
+                read = _kept(totals, w, total_at, is_row_M, IN_MEMORY, READ)
+                largest, total, read = _fold(largest, total, read, chunk_largest, chunk_total, chunk_read)
+                _keep(totals, w, total_at, is_row_M, read, IN_MEMORY)
+            read = _kept(totals, w, total_at, is_row_M, IN_MEMORY, READ)
             _store(out, lse, row_M, is_row_M, head, heads, largest, total, read, D, READ)
     else:
         # Without rows: only hand the blocks on.
