@@ -1,4 +1,4 @@
-"""Crossing attention's forward pass on Hopper: one warp moves tiles by TMA, warpgroups multiply and take exponentials.
+"""Crossing attention's forward pass on Hopper: one warpgroup fetches by TMA, others multiply and take exponentials.
 
 As in `crossing_attention_triton`, a history is read in chunks of a fixed size that are folded oldest first, by one
 program or each by its own, with the same bits (docs/decisions/0013). What differs:
@@ -34,8 +34,6 @@ _LOG2_E: gl.constexpr = gl.constexpr(LOG2_E)
 _SCRATCH_LIMIT_BYTES = 256 << 20
 _ROWS: gl.constexpr = gl.constexpr(64)
 _MOST_RANKED = 32
-
-
 # Names that Triton 3.6 and later versions do not share.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -50,7 +48,7 @@ class HopperTiles:
     chunk: int
     """History events between two foldings; a multiple of keys."""
     warpgroups: int
-    """Of 64 tokens each, sharing a program's keys: 1 to 4."""
+    """Of 64 tokens each, sharing a program's keys: 1 to 3."""
     stages: int
     """Blocks of keys, and as many of values, on their way at once."""
     programs_per_sm: int = 1
@@ -161,7 +159,7 @@ def _descriptor(x_SHd: torch.Tensor, rows: int) -> TensorDescriptor:
 
 
 def _registers(tiles: HopperTiles) -> tuple[int, int]:
-    """Registers a thread at launch and of a multiplying warpgroup; the fetching warp needs 24."""
+    """Registers a thread at launch and of a multiplying warpgroup; the fetching one needs 24."""
     at_launch = min(65536 // (tiles.programs_per_sm * 128 * (tiles.warpgroups + 1)) // 8 * 8, 168)
     return at_launch, min((at_launch * (tiles.warpgroups + 1) - 24) // tiles.warpgroups // 8 * 8, 240)
 
@@ -297,7 +295,7 @@ def _fetch(
     work, query_desc, key_desc, value_desc, buffers, barriers,
     D: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
-    """The fetching warp: queries of each warpgroup that has any, then blocks of keys and values as they are freed."""
+    """The fetching warpgroup: queries of each warpgroup that has any, then blocks of keys and values as they are freed."""
     first, end, history_begin, length, first_chunk, last_chunk, head, key_head = work
     query_tiles, key_tiles, value_tiles, _ = buffers
     query_full, key_full, key_free, value_full, value_free, _ = barriers
@@ -384,7 +382,7 @@ def _read_chunk(
     operand = gl.convert_layout(share.to(dtype), SHARES)
     next_stage = (turn + 1) % STAGES
     next_phase = ((turn + 1) // STAGES) & 1
-    for block in range(1, blocks):
+    for _block in range(1, blocks):
         mbarrier.wait(key_full.index(next_stage), next_phase)
         score = warpgroup_mma(
             query_tile, key_tiles.index(next_stage).permute((1, 0)), nothing, use_acc=False, is_async=True
@@ -585,7 +583,7 @@ def _forward_kernel(
             [4, 4],
             [REGISTERS, REGISTERS],
         )
-    elif WARPGROUPS == 3:
+    else:
         gl.warp_specialize(
             [
                 (_fetch, (work, query_desc, key_desc, value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS)),
@@ -595,18 +593,6 @@ def _forward_kernel(
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_fetch, (work, query_desc, key_desc, value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
-                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
-                (_attend, (shared, 2, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
-                (_attend, (shared, 3, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
-            ],
-            [4, 4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
         )
 
 
