@@ -295,7 +295,7 @@ def _fetch(
     work, query_desc, key_desc, value_desc, buffers, barriers,
     D: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
-    """The fetching warpgroup: queries of each warpgroup that has any, then blocks of keys and values as they are freed."""
+    """The fetching warpgroup: queries of each that has any, then blocks of keys and values as they are freed."""
     first, end, history_begin, length, first_chunk, last_chunk, head, key_head = work
     query_tiles, key_tiles, value_tiles, _ = buffers
     query_full, key_full, key_free, value_full, value_free, _ = barriers
