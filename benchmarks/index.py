@@ -1,6 +1,6 @@
 """The item index: correctness against the reference, then time beside what a user would write, updates, torn reads.
 
-    python -m benchmarks.index --device cuda|cpu [--quick] [--no-record]
+    python -m benchmarks.index --device cuda|cpu [--quick] [--only PART ...] [--no-record]
 
 100,000 items of 256 + 16 numbers, an MLP of two hidden layers over [user, item, user * item, scalars], filters, items
 already seen, a cap of 10 an advertiser (advertisers follow a power law), the best 1,000. One batch of 1, 8 and 32
@@ -58,6 +58,7 @@ VERSION = "benchmark"
 LAYOUT = Layout(embedding_dim=256, scalars=16, attributes=1)
 TARGET_MS = {1: 0.075, 8: 0.33, 32: 1.25}
 ANSWERS, TORN_S = 1_000_000, 50.0
+PARTS = ("torn", "compare", "updates", "int8")
 CATEGORIES, ADVERTISERS, SEEN, SHARDS = 64, 5000, 512, 8
 
 
@@ -827,11 +828,31 @@ def torn_reads(
     return reads
 
 
+def look_for_tears(device: str, *, is_quick: bool) -> list[dict[str, Any]]:
+    """Torn reads, as a record. Raises AssertionError where there are any."""
+    began = time.monotonic()
+    is_cuda = device.startswith("cuda")
+    reads = torn_reads(2000 if is_quick else ANSWERS, device, batch=64 if is_cuda else 2, most_s=TORN_S)
+    print(
+        f"torn reads: {reads.torn} of {reads.answers:,}, over {len(reads.revisions):,} revisions, in "
+        f"{time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    assert not reads.torn, f"{reads.torn} torn answers"
+    return [
+        {
+            "measure": "index.torn_reads", "value": reads.torn, "unit": "answers", "target": 0,
+            "note": f"of {reads.answers:,} answers over {len(reads.revisions):,} revisions",
+        }
+    ]  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, look for torn reads, time, record."""
     parser = argparse.ArgumentParser(prog="benchmarks.index", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small and few; records nothing")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="only some parts, after the checks")
     parser.add_argument("--no-record", action="store_true")
     args = parser.parse_args(argv)
     is_cuda = args.device.startswith("cuda")
@@ -841,16 +862,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_cuda:
         check(args.device, 20_000, plan)
         check_kernels(args.device, 5000, plan)
-    began = time.monotonic()
-    reads = torn_reads(2000 if args.quick else ANSWERS, args.device, batch=64 if is_cuda else 2, most_s=TORN_S)
-    seconds = time.monotonic() - began
-    print(
-        f"torn reads: {reads.torn} of {reads.answers:,}, over {len(reads.revisions):,} revisions, in {seconds:.0f} s",
-        flush=True,
-    )
-    assert not reads.torn, f"{reads.torn} torn answers"
-    repeats = 3 if args.quick or not is_cuda else 50
-    batches = (1, 8) if args.quick else (1, 8, 32) if is_cuda else (1,)  # as written, 32 requests take 10 GB there
     is_recorded = is_cuda and not args.quick and not args.no_record
 
     def keep(entries: list[dict[str, Any]]) -> None:
@@ -860,14 +871,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             both = {"command": command, "versions": versions("torch", "numpy")}
             record("index", [{**entry, **both} for entry in entries])
 
-    torn = {
-        "measure": "index.torn_reads", "value": reads.torn, "unit": "answers", "target": 0,
-        "note": f"of {reads.answers:,} answers over {len(reads.revisions):,} revisions",
-    }  # fmt: skip
-    keep([torn])
-    keep(compare(args.device, items, batches, plan, repeats))
-    keep(updates(args.device, items, plan, 0.3 if args.quick else 3.0))
-    if is_cuda and not args.quick:
+    if "torn" in args.only:
+        keep(look_for_tears(args.device, is_quick=args.quick))
+    if "compare" in args.only:
+        repeats = 3 if args.quick or not is_cuda else 50
+        batches = (1, 8) if args.quick else (1, 8, 32) if is_cuda else (1,)  # 32 as written take 10 GB there
+        keep(compare(args.device, items, batches, plan, repeats))
+    if "updates" in args.only:
+        keep(updates(args.device, items, plan, 0.3 if args.quick else 3.0))
+    if "int8" in args.only and is_cuda and not args.quick:
         keep(eight_bits(args.device))
     return 0
 

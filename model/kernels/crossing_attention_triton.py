@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.kernels.crossing_attention_gluon import HopperTiles, choose_hopper_tiles, hopper_forward, is_hopper
+
 LOG2_E = 1.4426950408889634
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 _IS_INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -62,7 +64,15 @@ def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
         small = BackwardTiles(32, 32, num_warps=4, num_stages=2)
         return Tiles(32, 32, 2048, num_warps=4, num_stages=2, query_gradient=small, history_gradient=small)
     backward = BackwardTiles(64, 64, num_warps=4, num_stages=2)
-    return Tiles(128, 64, 2048, num_warps=8, num_stages=3, query_gradient=backward, history_gradient=backward)
+    rows, num_warps = (128, 8) if head_dim == 128 else (64, 4)
+    return Tiles(rows, 64, 2048, num_warps, num_stages=3, query_gradient=backward, history_gradient=backward)
+
+
+def choose_forward_tiles(query_THd: torch.Tensor, requests: int, events: int) -> Tiles | HopperTiles:
+    """Tiles of the forward pass of the kernel for this device: that of crossing_attention_gluon, or the one here."""
+    if is_hopper(query_THd):
+        return choose_hopper_tiles(query_THd.shape[-1], len(query_THd), requests, events)
+    return choose_tiles(query_THd.shape[-1], query_THd.dtype)
 
 
 def crossing_attention_kernel(
@@ -76,13 +86,13 @@ def crossing_attention_kernel(
     *,
     tokens: int = 1,
     longest_history: int | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | HopperTiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As crossing_attention, with the log of the denominators. The caller has checked the shapes.
 
-    tiles: for tests and for finding better ones.
+    tiles: of the forward pass, and so which kernel does it; for tests and for finding better ones.
     """
-    tiles = tiles or choose_tiles(query_THd.shape[-1], query_THd.dtype)
+    tiles = tiles or choose_forward_tiles(query_THd, len(candidate_offsets) - 1, len(history_key_SKd))
     with torch.cuda.device_of(query_THd):  # kernels start on the current device; on the CPU this does nothing
         out_THd, lse_TH = _CrossingAttention.apply(
             query_THd, key_self_TKd, value_self_TKd, history_key_SKd, history_value_SKd,
@@ -95,15 +105,17 @@ class _CrossingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query, key_self, value_self, history_key, history_value, candidate_offsets, history_offsets,
-        tokens: int, longest_history: int | None, tiles: Tiles,
+        tokens: int, longest_history: int | None, tiles: Tiles | HopperTiles,
     ):  # fmt: skip
         query, key_self, value_self = _rows_apart(query), _rows_apart(key_self), _rows_apart(value_self)
         history_key, history_value = _rows_apart(history_key), _rows_apart(history_value)
         inputs = (query, key_self, value_self, history_key, history_value, candidate_offsets, history_offsets)
-        out, lse = forward(
-            query, key_self, value_self, history_key, history_value, candidate_offsets, history_offsets,
-            tokens=tokens, longest_history=longest_history, tiles=tiles,
-        )  # fmt: skip
+        sizes: dict[str, Any] = {"tokens": tokens, "longest_history": longest_history}
+        if isinstance(tiles, HopperTiles):
+            out, lse = hopper_forward(*inputs, **sizes, tiles=tiles)
+            tiles = choose_tiles(query.shape[-1], query.dtype)
+        else:
+            out, lse = forward(*inputs, **sizes, tiles=tiles)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.tokens, ctx.tiles = tokens, tiles
         ctx.mark_non_differentiable(lse)

@@ -14,6 +14,9 @@ from model.errors import ShapeError
 from model.kernels.crossing_attention import check_kernel, crossing_attention, crossing_attention_reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
+import triton
+
+from model.kernels.crossing_attention_gluon import HopperTiles, _order_kernel, choose_hopper_tiles, is_hopper
 from model.kernels.crossing_attention_triton import BackwardTiles, Tiles, choose_tiles, crossing_attention_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +96,7 @@ def run(
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, inputs[5], materialize_grads=True)]
 
 
-def run_kernel(case: Case, seed: int = 0, tiles: Tiles = SMALL) -> list[torch.Tensor]:
+def run_kernel(case: Case, seed: int = 0, tiles: Tiles | HopperTiles = SMALL) -> list[torch.Tensor]:
     inputs = [x.to(DEVICE) for x in case.draw(seed)]
     with poisoned():
         return [x.cpu() for x in run(crossing_attention_kernel, case, inputs, tiles=tiles)]
@@ -112,7 +115,7 @@ def assert_no_worse(
             assert error <= factor * allowed + rounding, f"{name}: {error:.2e}, plain {allowed:.2e}"
 
 
-def check_against_float64(case: Case, tiles: Tiles, seed: int = 0) -> None:
+def check_against_float64(case: Case, tiles: Tiles | HopperTiles, seed: int = 0) -> None:
     inputs = case.draw(seed)
     exact = run(repeated, case, [x.double() for x in inputs])
     assert_no_worse(run_kernel(case, seed, tiles), run(repeated, case, inputs), exact, factor=2)
@@ -227,6 +230,67 @@ def test_a_candidate_has_the_same_bits_alone_and_in_company(tokens: int, dtype: 
         found = run(crossing_attention_kernel, one, [x.to(DEVICE) for x in alone], tiles=tiles)
         for name, single, among in zip(NAMES[:5], found, company, strict=False):
             assert torch.equal(single.cpu(), among[own]), f"{name} of candidate {candidate} of request {request}"
+
+
+@pytest.mark.parametrize("requests", [1, 5, 32, 70])
+def test_the_longest_histories_come_first(requests: int) -> None:
+    """Every tile has a slot, those of longer histories before those of shorter ones; what is left is marked."""
+    random = np.random.default_rng(requests)
+    candidates, histories = random.integers(0, 40, requests), random.integers(0, 6, requests) * 100
+    offsets = [x.to(DEVICE) for x in Case(candidates.tolist(), histories.tolist()).offsets()]
+    starts = offsets[0].tolist()
+    tiles = {(r, first) for r in range(requests) for first in range(starts[r], starts[r + 1], 16)}
+    slots = len(tiles) + 40
+    order = torch.full((slots, 2), -7, dtype=torch.int32, device=DEVICE)
+    _order_kernel[(triton.cdiv(requests, 32),)](*offsets, order, requests, slots, ROWS=16, BLOCK=32)
+    found = [tuple(pair) for pair in order.tolist()]
+    assert set(found[: len(tiles)]) == tiles
+    lengths = [int(histories[r]) for r, _ in found[: len(tiles)]]
+    assert lengths == sorted(lengths, reverse=True)
+    assert found[len(tiles) :] == [(-1, 0)] * 40
+
+
+ON_HOPPER = DEVICE == "cuda" and is_hopper(torch.empty(0, 1, 64, dtype=torch.bfloat16, device=DEVICE))
+needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="Gluon's kernel needs a Hopper GPU")
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_hopper_matches_float64(is_split: bool, head_dim: int, tokens: int, dtype: torch.dtype) -> None:
+    case = Case([40, 0, 23, 2], [1100, 7, 0, 129], tokens, heads=4, key_heads=2, head_dim=head_dim, dtype=dtype)
+    for shape in ((1, 1, 1), (1000, 1, 100_000)):
+        check_against_float64(case, replace(choose_hopper_tiles(head_dim, *shape), is_split=is_split), seed=tokens)
+
+
+@needs_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_has_the_same_bits_alone_and_however_work_is_shared_out(head_dim: int) -> None:
+    """Also beside 60 requests, with a table of tiles, and beside NaN in other requests."""
+    case = Case([9, 150, 3] * 20, [3000, 2055, 0] * 20, tokens=1, head_dim=head_dim, dtype=torch.bfloat16)
+    inputs = [x.to(DEVICE) for x in case.draw()]
+    starts, events = (x.to(DEVICE) for x in case.offsets())
+    few, many = choose_hopper_tiles(head_dim, 1, 1, 1), choose_hopper_tiles(head_dim, 1000, 1, 100_000)
+    assert (few.keys, few.chunk) == (many.keys, many.chunk)
+    company = crossing_attention_kernel(*inputs[:5], starts, events, tiles=replace(few, is_split=False))
+    own, history = slice(9, 159), slice(3000, 5055)
+    spoilt = [torch.full_like(x, float("nan")) for x in inputs[:5]]
+    for place, bad, good in zip((own, own, own, history, history), spoilt, inputs, strict=False):
+        bad[place] = good[place]
+    for tiles, is_split in itertools.product((few, many, replace(many, warpgroups=1)), (False, True)):
+        changed = replace(tiles, is_split=is_split)
+        found = crossing_attention_kernel(*inputs[:5], starts, events, tiles=changed)
+        assert all(torch.equal(one, two) for one, two in zip(found, company, strict=True))
+        found = crossing_attention_kernel(*spoilt, starts, events, tiles=changed)
+        assert all(torch.equal(one[own], two[own]) for one, two in zip(found, company, strict=True))
+        for candidate in (9, 100, 158):
+            single = slice(candidate, candidate + 1)
+            alone = [x[single] for x in inputs[:3]] + [x[history] for x in inputs[3:5]]
+            offsets = [torch.tensor([0, n], dtype=torch.int32, device=DEVICE) for n in (1, 2055)]
+            found = crossing_attention_kernel(*alone, *offsets, tiles=changed)
+            assert all(torch.equal(one, two[single]) for one, two in zip(found, company, strict=True))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
