@@ -8,12 +8,12 @@ program or each by its own, with the same bits (docs/decisions/0013). What diffe
   lies there (zeros past the tensor); its scores are masked and its values cleared, since 0 times NaN is NaN.
 - Programs take the longest histories first, so that none of them is left alone at the end.
 
-The backward pass is that of `crossing_attention_triton`. Gluon has no interpreter: only a Hopper GPU runs this.
+The backward pass is in `crossing_attention_gluon_backward`. Gluon has no interpreter: only a Hopper GPU runs this.
 
 Legend: as in crossing_attention; M rows (tokens) of a warpgroup, N events of a block, G chunks.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -48,32 +48,19 @@ class HopperTiles:
     chunk: int
     """History events between two foldings; a multiple of keys."""
     warpgroups: int
-    """Of 64 tokens each, sharing a program's keys: 1 to 3."""
+    """Of 64 tokens each, sharing a program's keys: 1 or 2."""
     stages: int
     """Blocks of keys, and as many of values, on their way at once."""
     programs_per_sm: int = 1
-    order: int = 0
-    """When a block's values make room: 0 after the exponentials of the next block, 1 before them, 2 as ptxas likes."""
-    total_in_memory: bool = False
-    """Whether the total over chunks waits in global memory: shared memory then has room for another stage."""
     is_split: bool | None = None
     """Whether each chunk has a program of its own; None: where there would be too few programs otherwise."""
 
 
-WIDE_HEADS = HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=2, order=1)
-"""Of heads of 128 channels."""
-_MANY_EVENTS = 6144
-"""Mean history from which two warpgroups that share keys are faster than two programs on a multiprocessor."""
-
-
-def choose_hopper_tiles(head_dim: int, tokens: int, requests: int, events: int) -> HopperTiles:
-    """Tiles for heads of 64 or 128 channels, and so many tokens and events of so many requests."""
-    has_small_requests = tokens <= 64 * requests
-    if head_dim == 128:
-        return replace(WIDE_HEADS, warpgroups=1) if has_small_requests else WIDE_HEADS
-    if has_small_requests or events < _MANY_EVENTS * requests:
+def choose_hopper_tiles(head_dim: int) -> HopperTiles:
+    """Tiles for heads of 64 or 128 channels."""
+    if head_dim == 64:
         return HopperTiles(keys=128, chunk=2048, warpgroups=1, stages=2, programs_per_sm=2)
-    return HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=3)
+    return HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=2)
 
 
 def is_hopper(query: torch.Tensor) -> bool:
@@ -108,8 +95,6 @@ def hopper_forward(
     if is_split:
         part_GTHd = query.new_empty(most_chunks, num_tokens, heads, channels, dtype=torch.float32)
         part_max_GTH, part_sum_GTH = lse.new_empty(2, most_chunks, num_tokens, heads)
-    elif tiles.total_in_memory:
-        part_GTHd, part_max_GTH, part_sum_GTH = torch.empty_like(out, dtype=torch.float32), lse, lse
     else:
         part_GTHd, part_max_GTH, part_sum_GTH = out, lse, lse  # not looked at
     order = candidate_offsets  # not looked at
@@ -130,9 +115,8 @@ def hopper_forward(
         _descriptor(query, 64), _descriptor(history_key if len(history_key) else query, tiles.keys),
         _descriptor(history_value if len(history_value) else query, tiles.keys), query, query.stride(0), *self_pair,
         candidate_offsets, history_offsets, order, out, lse, part_GTHd, part_max_GTH, part_sum_GTH, num_tokens,
-        **shared, KEYS=tiles.keys, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups, ORDER=tiles.order,
-        MOST_RANKED=_MOST_RANKED, REGISTERS=worker_registers, IN_MEMORY=tiles.total_in_memory,
-        IS_RANKED=requests <= _MOST_RANKED, IS_SPLIT=is_split, num_warps=4, maxnreg=launch,
+        **shared, KEYS=tiles.keys, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups, MOST_RANKED=_MOST_RANKED,
+        REGISTERS=worker_registers, IS_RANKED=requests <= _MOST_RANKED, IS_SPLIT=is_split, num_warps=4, maxnreg=launch,
     )  # fmt: skip
     if is_split:
         _fold_kernel[(triton.cdiv(num_tokens, 16) * heads,)](
@@ -342,7 +326,7 @@ def _sum_of_thread(share, KEYS: gl.constexpr):
 @gluon.jit
 def _read_chunk(
     query_tile, key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
-    w: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, ORDER: gl.constexpr,
+    w: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Blocks of a chunk, newest first, of which the newest has `limit` events: what _fold takes, and the next turn.
 
@@ -395,19 +379,12 @@ def _read_chunk(
         new_largest = gl.maximum(largest, gl.max(score, 1) * scale_log2)
         shrink = gl.exp2(largest - new_largest)
         largest = new_largest
-        if ORDER == 1:
-            mbarrier.wait(value_full.index(stage), phase)
-            read = warpgroup_mma_wait(0, deps=[read])
-            mbarrier.arrive(value_free.index(stage), count=1)
+        # The values have come long ago. ptxas moves no work past a wait: the row maximum stays beside the product.
+        mbarrier.wait(value_full.index(stage), phase)
+        read = warpgroup_mma_wait(0, deps=[read])
+        mbarrier.arrive(value_free.index(stage), count=1)
         share = gl.exp2(gl.fma(score, scale_log2, -largest[:, None]))
         total = gl.fma(total, gl.convert_layout(shrink, THREAD)[:, None], _sum_of_thread(share, KEYS))
-        if ORDER == 0:
-            # The values have come long ago. ptxas moves no work past a wait; without one it would move the exponentials
-            # to after the product that they are to overlap.
-            mbarrier.wait(value_full.index(stage), phase)
-        if ORDER != 1:
-            read = warpgroup_mma_wait(0, deps=[read])
-            mbarrier.arrive(value_free.index(stage), count=1)
         read = read * gl.convert_layout(shrink, ROW)[:, None]
         operand = gl.convert_layout(share.to(dtype), SHARES)
         turn += 1
@@ -423,26 +400,9 @@ def _read_chunk(
 
 
 @gluon.jit
-def _keep(totals, w: gl.constexpr, total_at, is_row_M, read, IN_MEMORY: gl.constexpr):
-    """The total waits while a chunk is read."""
-    if IN_MEMORY:
-        gl.store(total_at, read, is_row_M[:, None])
-    else:
-        totals.index(w).store(read)
-
-
-@gluon.jit
-def _kept(totals, w: gl.constexpr, total_at, is_row_M, IN_MEMORY: gl.constexpr, LAYOUT: gl.constexpr):
-    if IN_MEMORY:
-        return gl.load(total_at, is_row_M[:, None], 0.0)
-    else:
-        return totals.index(w).load(LAYOUT)
-
-
-@gluon.jit
 def _attend(
     shared, w: gl.constexpr, TOKENS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr,
-    ORDER: gl.constexpr, IN_MEMORY: gl.constexpr, IS_SPLIT: gl.constexpr,
+    IS_SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: its 64 rows over the chunks."""
     work, pointers, sizes, buffers, barriers, scale_log2 = shared
@@ -463,7 +423,7 @@ def _attend(
             blocks = (chunk_end + KEYS - 1) // KEYS
             largest, total, read, turn = _read_chunk(
                 query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, chunk_end - (blocks - 1) * KEYS,
-                scale_log2, w, KEYS, D, ORDER,
+                scale_log2, w, KEYS, D,
             )  # fmt: skip
             at_M = (row_M + first_chunk * num_tokens) * heads + head
             channel_d = gl.arange(0, D, gl.SliceLayout(0, READ))
@@ -475,21 +435,19 @@ def _attend(
                 query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M, head,
                 key_head, scale_log2, TOKENS, D, READ,
             )  # fmt: skip
-            channel_d = gl.arange(0, D, gl.SliceLayout(0, READ))
-            total_at = part + (row_M * heads + head)[:, None] * D + channel_d[None, :]
-            _keep(totals, w, total_at, is_row_M, read, IN_MEMORY)
+            totals.index(w).store(read)
             mbarrier.wait(query_full.index(w), 0)
             for chunk in range(first_chunk, last_chunk):
                 chunk_end = gl.minimum(chunk * CHUNK + CHUNK, length) - chunk * CHUNK
                 blocks = (chunk_end + KEYS - 1) // KEYS
                 chunk_largest, chunk_total, chunk_read, turn = _read_chunk(
                     query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks,
-                    chunk_end - (blocks - 1) * KEYS, scale_log2, w, KEYS, D, ORDER,
+                    chunk_end - (blocks - 1) * KEYS, scale_log2, w, KEYS, D,
                 )  # fmt: skip
-                read = _kept(totals, w, total_at, is_row_M, IN_MEMORY, READ)
+                read = totals.index(w).load(READ)
                 largest, total, read = _fold(largest, total, read, chunk_largest, chunk_total, chunk_read)
-                _keep(totals, w, total_at, is_row_M, read, IN_MEMORY)
-            read = _kept(totals, w, total_at, is_row_M, IN_MEMORY, READ)
+                totals.index(w).store(read)
+            read = totals.index(w).load(READ)
             _store(out, lse, row_M, is_row_M, head, heads, largest, total, read, D, READ)
     else:
         # Without rows: only hand the blocks on.
@@ -511,8 +469,8 @@ def _forward_kernel(
     query_desc, key_desc, value_desc, query, query_stride, key_self, value_self, key_self_stride, value_self_stride,
     candidate_offsets, history_offsets, order, out, lse, part, part_max, part_sum, num_tokens, heads, group, requests,
     scale_log2, TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    WARPGROUPS: gl.constexpr, ORDER: gl.constexpr, MOST_RANKED: gl.constexpr, REGISTERS: gl.constexpr,
-    IN_MEMORY: gl.constexpr, IS_RANKED: gl.constexpr, IS_SPLIT: gl.constexpr,
+    WARPGROUPS: gl.constexpr, MOST_RANKED: gl.constexpr, REGISTERS: gl.constexpr, IS_RANKED: gl.constexpr,
+    IS_SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Tokens of one tile and head over the whole history; where it is split, over one chunk, left in `part`."""
     slot = gl.program_id(0) // heads
@@ -543,7 +501,7 @@ def _forward_kernel(
         gl.allocate_shared_memory(dtype, [WARPGROUPS, _ROWS, D], query_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], key_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], value_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [0 if IS_SPLIT or IN_MEMORY else WARPGROUPS, _ROWS, D], FLAT),
+        gl.allocate_shared_memory(gl.float32, [0 if IS_SPLIT else WARPGROUPS, _ROWS, D], FLAT),
     )
     query_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -568,31 +526,20 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_fetch, (work, query_desc, key_desc, value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT)),
             ],
             [4],
             [REGISTERS],
-        )
-    elif WARPGROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_fetch, (work, query_desc, key_desc, value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
-                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
-            ],
-            [4, 4],
-            [REGISTERS, REGISTERS],
         )
     else:
         gl.warp_specialize(
             [
                 (_fetch, (work, query_desc, key_desc, value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
-                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
-                (_attend, (shared, 2, TOKENS, D, KEYS, CHUNK, ORDER, IN_MEMORY, IS_SPLIT)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT)),
+                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, IS_SPLIT)),
             ],
-            [4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS],
+            [4, 4],
+            [REGISTERS, REGISTERS],
         )
 
 

@@ -58,15 +58,13 @@ class Pipeline:
     """Copied tiles at most waiting."""
     left_in_registers: bool
     """Whether the item's own two tiles are read into registers at once, or stay in shared memory."""
-    item_stages: int
-    """Items whose own tiles may wait."""
 
 
 def choose_pipelines(head_dim: int) -> tuple[Pipeline, Pipeline]:
     """Of gradients of queries, and of the history."""
     if head_dim == 64:
-        return Pipeline(64, 4, True, 1), Pipeline(64, 4, True, 1)
-    return Pipeline(64, 4, False, 1), Pipeline(64, 3, False, 1)
+        return Pipeline(64, 4, True), Pipeline(64, 4, True)
+    return Pipeline(64, 4, False), Pipeline(64, 3, False)
 
 
 def is_supported(
@@ -125,7 +123,7 @@ def backward(
     _query_kernel[(processors,)](
         query_desc, gradient_desc, key_desc, value_desc, statistics, key_self, key_self.stride(0), query_g,
         plan, counts, heads, group, scale, padded, heads * padded,
-        TOKENS=tokens, D=channels, N=of_queries.block, STAGES=of_queries.stages, ITEM_STAGES=of_queries.item_stages,
+        TOKENS=tokens, D=channels, N=of_queries.block, STAGES=of_queries.stages,
         LEFT_IN_REGISTERS=of_queries.left_in_registers, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
     query_desc, gradient_desc = (_rows_desc(x, of_history.block) for x in (query, out_gradient))
@@ -134,7 +132,7 @@ def backward(
     _history_kernel[(processors,)](
         query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, history_key_g, history_value_g,
         plan[slots:], counts, key_heads, group, scale, padded,
-        D=channels, M=of_history.block, STAGES=of_history.stages, ITEM_STAGES=of_history.item_stages,
+        D=channels, M=of_history.block, STAGES=of_history.stages,
         LEFT_IN_REGISTERS=of_history.left_in_registers, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
     return query_g, key_self_g, value_self_g, history_key_g, history_value_g
@@ -307,7 +305,7 @@ def _store_rows(target, result_d, first, end, heads, head, W: gl.constexpr, D: g
 @gluon.jit
 def _query_producer(
     query_desc, gradient_desc, key_desc, value_desc, buffers, barriers, plan, counts, heads, group,
-    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, ITEM_STAGES: gl.constexpr,
+    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copies each item's queries and gradients of the output, then the history block by block."""
     query_buffers, gradient_buffers, key_buffers, value_buffers = buffers
@@ -318,13 +316,12 @@ def _query_producer(
         item_number = item // gl.num_programs(0)
         first, _, history_begin, length, _ = _load_entry(plan, item, items, heads)
         head = item % heads
-        stage = item_number % ITEM_STAGES
-        mbarrier.wait(item_free.index(stage), (item_number // ITEM_STAGES & 1) ^ 1)
-        mbarrier.expect(item_ready.index(stage), 4 * query_desc.block_type.nbytes)
+        mbarrier.wait(item_free, (item_number & 1) ^ 1)
+        mbarrier.expect(item_ready, 4 * query_desc.block_type.nbytes)
         for w in gl.static_range(2):
             at_row = [first + w * 64, head * D]
-            _copy(query_desc, at_row, item_ready.index(stage), query_buffers.index(stage * 2 + w))
-            _copy(gradient_desc, at_row, item_ready.index(stage), gradient_buffers.index(stage * 2 + w))
+            _copy(query_desc, at_row, item_ready, query_buffers.index(w))
+            _copy(gradient_desc, at_row, item_ready, gradient_buffers.index(w))
         column = head // group * D
         blocks = gl.cdiv(length, N)
         for block in range(blocks):
@@ -346,7 +343,7 @@ def _query_consumer(
     statistics, key_self, key_self_stride, query_gradient, buffers, barriers, plan, counts, heads, group, scale,
     padded, plane,
     W: gl.constexpr, TOKENS: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    ITEM_STAGES: gl.constexpr, LEFT_IN_REGISTERS: gl.constexpr,
+    LEFT_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of 64 queries an item: dQ = dS K, dS = P * (dO V^T - delta), P = exp2(Q K^T - lse).
 
@@ -392,14 +389,13 @@ def _query_consumer(
             offset = (own_row_M - place_M + token)[:, None] * key_self_stride + channel_d[None, :]
             key_Md = gl.load(key_at + offset, is_read_M[:, None], 0.0)
             result += score_gradient_M[:, None] * key_Md.to(gl.float32)
-        item_stage = item_number % ITEM_STAGES
-        mbarrier.wait(item_ready.index(item_stage), item_number // ITEM_STAGES & 1)
-        query_Md = query_buffers.index(item_stage * 2 + W)
-        gradient_Md = gradient_buffers.index(item_stage * 2 + W)
+        mbarrier.wait(item_ready, item_number & 1)
+        query_Md = query_buffers.index(W)
+        gradient_Md = gradient_buffers.index(W)
         if LEFT_IN_REGISTERS:
             query_Md = query_Md.load(left)
             gradient_Md = gradient_Md.load(left)
-            mbarrier.arrive(item_free.index(item_stage), count=1)
+            mbarrier.arrive(item_free, count=1)
         blocks = gl.cdiv(length, N)
         if blocks > 0:
             stage = number % STAGES
@@ -451,7 +447,7 @@ def _query_consumer(
             mbarrier.arrive(key_free.index(stage), count=1)
             number += 1
         if not LEFT_IN_REGISTERS:
-            mbarrier.arrive(item_free.index(item_stage), count=1)
+            mbarrier.arrive(item_free, count=1)
         _store_rows(query_gradient, result * scale, first, end, heads, head, W, D)
 
 
@@ -459,24 +455,23 @@ def _query_consumer(
 def _query_kernel(
     query_desc, gradient_desc, key_desc, value_desc, statistics, key_self, key_self_stride, query_gradient,
     plan, counts, heads, group, scale, padded, plane,
-    TOKENS: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, ITEM_STAGES: gl.constexpr,
+    TOKENS: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     LEFT_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of queries: items of 128 tokens of one request and head, over blocks of its history."""
     dtype: gl.constexpr = query_desc.dtype
-    query_buffers = gl.allocate_shared_memory(dtype, [2 * ITEM_STAGES, 64, D], query_desc.layout)
-    gradient_buffers = gl.allocate_shared_memory(dtype, [2 * ITEM_STAGES, 64, D], query_desc.layout)
+    query_buffers = gl.allocate_shared_memory(dtype, [2, 64, D], query_desc.layout)
+    gradient_buffers = gl.allocate_shared_memory(dtype, [2, 64, D], query_desc.layout)
     key_buffers = gl.allocate_shared_memory(dtype, [STAGES, N, D], key_desc.layout)
     value_buffers = gl.allocate_shared_memory(dtype, [STAGES, N, D], key_desc.layout)
-    item_ready = gl.allocate_shared_memory(gl.int64, [ITEM_STAGES, 1], mbarrier.MBarrierLayout())
-    item_free = gl.allocate_shared_memory(gl.int64, [ITEM_STAGES, 1], mbarrier.MBarrierLayout())
+    item_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    item_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(ITEM_STAGES):
-        mbarrier.init(item_ready.index(i), count=1)
-        mbarrier.init(item_free.index(i), count=2)
+    mbarrier.init(item_ready, count=1)
+    mbarrier.init(item_free, count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(key_ready.index(i), count=1)
         mbarrier.init(key_free.index(i), count=2)
@@ -490,21 +485,21 @@ def _query_kernel(
                 _query_consumer,
                 (
                     statistics, key_self, key_self_stride, query_gradient, buffers, barriers, plan, counts, heads,
-                    group, scale, padded, plane, 0, TOKENS, D, N, STAGES, ITEM_STAGES, LEFT_IN_REGISTERS,
+                    group, scale, padded, plane, 0, TOKENS, D, N, STAGES, LEFT_IN_REGISTERS,
                 ),
             ),
             (
                 _query_consumer,
                 (
                     statistics, key_self, key_self_stride, query_gradient, buffers, barriers, plan, counts, heads,
-                    group, scale, padded, plane, 1, TOKENS, D, N, STAGES, ITEM_STAGES, LEFT_IN_REGISTERS,
+                    group, scale, padded, plane, 1, TOKENS, D, N, STAGES, LEFT_IN_REGISTERS,
                 ),
             ),
             (
                 _query_producer,
                 (
                     query_desc, gradient_desc, key_desc, value_desc, buffers, barriers, plan, counts, heads, group,
-                    D, N, STAGES, ITEM_STAGES,
+                    D, N, STAGES,
                 ),
             ),
         ],
@@ -519,7 +514,7 @@ def _query_kernel(
 @gluon.jit
 def _history_producer(
     query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, buffers, barriers, plan, counts, key_heads,
-    group, padded, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, ITEM_STAGES: gl.constexpr,
+    group, padded, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copies each item's keys and values, then the request's tokens tile by tile, head after head of the group."""
     query_buffers, gradient_buffers, lse_buffers, delta_buffers, key_buffers, value_buffers = buffers
@@ -530,13 +525,12 @@ def _history_producer(
         item_number = item // gl.num_programs(0)
         first, _, begin, rows, padded_row = _load_entry(plan, item, items, key_heads)
         key_head = item % key_heads
-        stage = item_number % ITEM_STAGES
-        mbarrier.wait(item_free.index(stage), (item_number // ITEM_STAGES & 1) ^ 1)
-        mbarrier.expect(item_ready.index(stage), 4 * key_desc.block_type.nbytes)
+        mbarrier.wait(item_free, (item_number & 1) ^ 1)
+        mbarrier.expect(item_ready, 4 * key_desc.block_type.nbytes)
         for w in gl.static_range(2):
             at_row = [first + w * 64, key_head * D]
-            _copy(key_desc, at_row, item_ready.index(stage), key_buffers.index(stage * 2 + w))
-            _copy(value_desc, at_row, item_ready.index(stage), value_buffers.index(stage * 2 + w))
+            _copy(key_desc, at_row, item_ready, key_buffers.index(w))
+            _copy(value_desc, at_row, item_ready, value_buffers.index(w))
         for member in range(group):
             head = key_head * group + member
             line = head * padded + padded_row
@@ -559,7 +553,7 @@ def _history_producer(
 @gluon.jit
 def _history_consumer(
     key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale,
-    W: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, ITEM_STAGES: gl.constexpr,
+    W: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
     LEFT_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of 64 events an item: dV = P^T dO, dK = dS^T Q, all scores with events as rows."""
@@ -584,14 +578,13 @@ def _history_consumer(
         key_head = item % key_heads
         key_result = gl.zeros([64, D], gl.float32, layout)
         value_result = gl.zeros([64, D], gl.float32, layout)
-        item_stage = item_number % ITEM_STAGES
-        mbarrier.wait(item_ready.index(item_stage), item_number // ITEM_STAGES & 1)
-        key_Nd = key_buffers.index(item_stage * 2 + W)
-        value_Nd = value_buffers.index(item_stage * 2 + W)
+        mbarrier.wait(item_ready, item_number & 1)
+        key_Nd = key_buffers.index(W)
+        value_Nd = value_buffers.index(W)
         if LEFT_IN_REGISTERS:
             key_Nd = key_Nd.load(left)
             value_Nd = value_Nd.load(left)
-            mbarrier.arrive(item_free.index(item_stage), count=1)
+            mbarrier.arrive(item_free, count=1)
         if D > 64:
             if tiles > 0:
                 # Registers are short: of a tile's two products with shares only the key's waits for the next scores.
@@ -711,7 +704,7 @@ def _history_consumer(
             mbarrier.arrive(query_free.index(stage), count=1)
             number += 1
         if not LEFT_IN_REGISTERS:
-            mbarrier.arrive(item_free.index(item_stage), count=1)
+            mbarrier.arrive(item_free, count=1)
         _store_rows(value_gradient, value_result, first, end, key_heads, key_head, W, D)
         _store_rows(key_gradient, key_result * scale, first, end, key_heads, key_head, W, D)
 
@@ -720,7 +713,7 @@ def _history_consumer(
 def _history_kernel(
     query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, key_gradient, value_gradient,
     plan, counts, key_heads, group, scale, padded,
-    D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, ITEM_STAGES: gl.constexpr,
+    D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
     LEFT_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the history: items of 128 events of one request and key head, over its tokens in order."""
@@ -729,17 +722,16 @@ def _history_kernel(
     gradient_buffers = gl.allocate_shared_memory(dtype, [STAGES, M, D], query_desc.layout)
     lse_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, M], lse_desc.layout)
     delta_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, M], lse_desc.layout)
-    key_buffers = gl.allocate_shared_memory(dtype, [2 * ITEM_STAGES, 64, D], key_desc.layout)
-    value_buffers = gl.allocate_shared_memory(dtype, [2 * ITEM_STAGES, 64, D], key_desc.layout)
-    item_ready = gl.allocate_shared_memory(gl.int64, [ITEM_STAGES, 1], mbarrier.MBarrierLayout())
-    item_free = gl.allocate_shared_memory(gl.int64, [ITEM_STAGES, 1], mbarrier.MBarrierLayout())
+    key_buffers = gl.allocate_shared_memory(dtype, [2, 64, D], key_desc.layout)
+    value_buffers = gl.allocate_shared_memory(dtype, [2, 64, D], key_desc.layout)
+    item_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    item_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     query_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     query_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     gradient_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     gradient_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(ITEM_STAGES):
-        mbarrier.init(item_ready.index(i), count=1)
-        mbarrier.init(item_free.index(i), count=2)
+    mbarrier.init(item_ready, count=1)
+    mbarrier.init(item_free, count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(query_ready.index(i), count=1)
         mbarrier.init(query_free.index(i), count=2)
@@ -753,21 +745,21 @@ def _history_kernel(
                 _history_consumer,
                 (
                     key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale,
-                    0, D, M, STAGES, ITEM_STAGES, LEFT_IN_REGISTERS,
+                    0, D, M, STAGES, LEFT_IN_REGISTERS,
                 ),
             ),
             (
                 _history_consumer,
                 (
                     key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale,
-                    1, D, M, STAGES, ITEM_STAGES, LEFT_IN_REGISTERS,
+                    1, D, M, STAGES, LEFT_IN_REGISTERS,
                 ),
             ),
             (
                 _history_producer,
                 (
                     query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, buffers, barriers, plan,
-                    counts, key_heads, group, padded, D, M, STAGES, ITEM_STAGES,
+                    counts, key_heads, group, padded, D, M, STAGES,
                 ),
             ),
         ],

@@ -68,10 +68,10 @@ def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     return Tiles(rows, 64, 2048, num_warps, num_stages=3, query_gradient=backward, history_gradient=backward)
 
 
-def choose_forward_tiles(query_THd: torch.Tensor, requests: int, events: int) -> Tiles | HopperTiles:
+def choose_forward_tiles(query_THd: torch.Tensor) -> Tiles | HopperTiles:
     """Tiles of the forward pass of the kernel for this device: that of crossing_attention_gluon, or the one here."""
     if is_hopper(query_THd):
-        return choose_hopper_tiles(query_THd.shape[-1], len(query_THd), requests, events)
+        return choose_hopper_tiles(query_THd.shape[-1])
     return choose_tiles(query_THd.shape[-1], query_THd.dtype)
 
 
@@ -92,7 +92,7 @@ def crossing_attention_kernel(
 
     tiles: of the forward pass, and so which kernel does it; for tests and for finding better ones.
     """
-    tiles = tiles or choose_forward_tiles(query_THd, len(candidate_offsets) - 1, len(history_key_SKd))
+    tiles = tiles or choose_forward_tiles(query_THd)
     with torch.cuda.device_of(query_THd):  # kernels start on the current device; on the CPU this does nothing
         out_THd, lse_TH = _CrossingAttention.apply(
             query_THd, key_self_TKd, value_self_TKd, history_key_SKd, history_value_SKd,
