@@ -332,7 +332,7 @@ def rank_live(
 
 
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""User vectors [B, E] and item features [N, F] to scores of one task, [B, 1, N]: a scorer, or its logits."""
+"""User vectors [B, E] and item features, [N, F] or [B, N, F], to one task's scores, [B, 1, N]: a scorer, its logits."""
 
 
 @torch.inference_mode()
@@ -340,10 +340,13 @@ def scored(
     score: Score, user_BE: torch.Tensor, item_NE: torch.Tensor, candidates: Candidates, counts: LiveCounts | None,
     *, chunk: int | None = None,
 ) -> Iterator[tuple[Ints, torch.Tensor, torch.Tensor]]:  # fmt: skip
-    """Scores of the whole catalogue, requests of one bucket at a time: they share the items' scalars.
+    """Scores of the whole catalogue, requests of neighbouring buckets at a time.
+
+    Scalars are counted for all buckets of a chunk at once, so requests spread over a thousand buckets take no more
+    calls than as many of one.
 
     user_BE, item_NE: f32 on one device. counts: what scalars are counted from, on that device; None where the scorer
-    reads none. chunk: requests at a time; by default as many as score 2**22 pairs at once (2**23 on a GPU).
+    reads none. chunk: requests at a time; by default as many as have 2**26 values of features (2**30 on a GPU).
     Yields (requests i64 [b], scores f32 [b, N], excluded bool [b, N]: what is no candidate of each).
     """
     device, num_items = item_NE.device, len(item_NE)
@@ -351,20 +354,23 @@ def scored(
     bucket_B = np.zeros(len(user_BE), np.int64) if counts is None else counts.bucket(time_us_B).numpy()
     born_N = None if candidates.born_us_N is None else torch.from_numpy(candidates.born_us_N).to(device)
     if chunk is None:
-        chunk = max(1, (2**23 if item_NE.is_cuda else 2**22) // max(num_items, 1))
-    order = np.argsort(bucket_B, kind="stable")
-    for same in np.split(order, np.flatnonzero(np.diff(bucket_B[order])) + 1):
-        feature_NF = item_NE
-        if counts is not None and len(same):
-            bucket = torch.tensor(int(bucket_B[same[0]]), device=device)
-            scalar_NS = item_scalars(counts, torch.arange(num_items, device=device), bucket)
-            feature_NF = torch.cat([item_NE, scalar_NS], 1)
-        for start in range(0, len(same), chunk):
-            part = same[start : start + chunk]
-            excluded_bN = candidates.excluded(part, device)
-            if born_N is not None:
-                excluded_bN |= born_N > time_us_B[part].to(device)[:, None]
-            yield part, score(user_BE[torch.from_numpy(part).to(device)], feature_NF)[:, 0], excluded_bN
+        chunk = max(1, (2**30 if item_NE.is_cuda else 2**26) // max(item_NE.numel(), 1))
+    item_N = torch.arange(num_items, device=device)
+    for part in time_chunks(bucket_B, chunk, chunk):
+        feature = item_NE
+        if counts is not None:
+            bucket_G, group_b = np.unique(bucket_B[part], return_inverse=True)
+            bucket_G1 = torch.from_numpy(bucket_G[:, None]).to(device)
+            scalar_GNS = item_scalars(counts, item_N.expand(len(bucket_G), -1), bucket_G1)
+            if len(bucket_G) == 1:
+                feature = torch.cat([item_NE, scalar_GNS[0]], 1)
+            else:
+                scalar_bNS = scalar_GNS[torch.from_numpy(group_b).to(device)]
+                feature = torch.cat([item_NE.expand(len(part), -1, -1), scalar_bNS], 2)
+        excluded_bN = candidates.excluded(part, device)
+        if born_N is not None:
+            excluded_bN |= born_N > time_us_B[part].to(device)[:, None]
+        yield part, score(user_BE[torch.from_numpy(part).to(device)], feature)[:, 0], excluded_bN
 
 
 def scalar_counts(events: EventArrays, config: ScorerConfig, release: Release) -> LiveCounts | None:
