@@ -31,7 +31,7 @@ from model.live_items import LiveCounts
 from model.losses import sampled_softmax_each
 from model.metrics import event_metrics
 from model.release import TOWER_PARTS, Manifest, Registry, Release
-from model.retrieval.scalars import counting_config, item_scalars
+from model.retrieval.scalars import CatalogueScalars, counting_config, item_scalars
 from model.retrieval.scorer import InteractionScorer, ScorerConfig
 from model.training.data import DAY_US, EventArrays, Ints, available_from, training_part, validation_targets
 from model.training.evaluate import (
@@ -172,6 +172,7 @@ class ScorerData:
         self._born_us_N = None if self.born_us_N is None else torch.from_numpy(self.born_us_N).to(self.device)
         self.temperature = config.temperature
         self._counts: dict[int, LiveCounts] = {}
+        self._scalars: dict[ScorerConfig, CatalogueScalars] = {}
         with torch.inference_mode():
             table_IE = release.items.table(with_unknown=True)
         self.table_IE = table_IE.clone()  # a clone made out here is no inference tensor, and training may read it
@@ -201,6 +202,14 @@ class ScorerData:
             made = self.log.live_counts(counting_config(config, self.release.config)).to(self.device)
             self._counts[config.bucket_s] = made
         return replace(made, windows=tuple(made.length_of(hours) for hours in config.windows_h))
+
+    def scalars(self, config: ScorerConfig) -> CatalogueScalars | None:
+        """The scalars of the whole catalogue that a scorer reads, kept for every ranking; None where it reads none."""
+        if not config.scalars:
+            return None
+        if config not in self._scalars:
+            self._scalars[config] = CatalogueScalars(self.counts(config), self.log.num_items)
+        return self._scalars[config]
 
     def _ask(self, target: Ints) -> Asked:
         release, events = self.release, self.log
@@ -335,6 +344,7 @@ def _fit(
     data: ScorerData, scorer: nn.Module, logits: Score, config: ScorerConfig, settings: ScorerSettings
 ) -> list[dict[str, float]]:
     counts = data.counts(config)
+    scalars = data.scalars(config)
     scalar_counts = counts if config.scalars else None
     held_out = data.validation() if len(data.held_out) else None
     parameters = list(scorer.parameters())
@@ -363,7 +373,7 @@ def _fit(
             rate = settings.learning_rate
             raise ConfigError(f"the loss is {row['loss']} at step {step}; a lower learning_rate than {rate:g} may help")
         if held_out is not None:
-            rank_B = rank_scored(logits, *held_out, scalar_counts)
+            rank_B = rank_scored(logits, *held_out, scalars)
             row |= {f"validation_{name}": float(v.mean()) for name, v in event_metrics(rank_B, (20, 100)).items()}
             if row[SELECTED_BY] > best_metric:
                 best_metric = row[SELECTED_BY]
@@ -422,7 +432,7 @@ def loss_of(
 
 
 @torch.no_grad()
-def calibrate(score: Score, bias_T: torch.Tensor, data: ScorerData, counts: LiveCounts | None) -> None:
+def calibrate(score: Score, bias_T: torch.Tensor, data: ScorerData, scalars: CatalogueScalars | None) -> None:
     """Shift the last bias so that the probabilities of a request's candidates sum to about 1, not to thousands.
 
     The softmax leaves an offset free; probabilities near 1 would tie in float32. Measured on held-out requests, else
@@ -432,7 +442,7 @@ def calibrate(score: Score, bias_T: torch.Tensor, data: ScorerData, counts: Live
         return
     sums = [
         torch.logsumexp(score_bN.masked_fill(excluded_bN, -torch.inf), 1)
-        for _, score_bN, excluded_bN in scored(score, *data.validation(), counts)
+        for _, score_bN, excluded_bN in scored(score, *data.validation(), scalars)
     ]
     bias_T -= torch.cat(sums).mean()
 
@@ -514,5 +524,5 @@ def fit_interaction(
         history = fit(data, scorer, scorer.logits, config, settings)
     finally:
         parametrize.remove_parametrizations(scorer, "weight_IH", leave_parametrized=True)
-    calibrate(scorer.logits, scorer.out.bias, data, data.counts(config) if config.scalars else None)
+    calibrate(scorer.logits, scorer.out.bias, data, data.scalars(config))
     return history
