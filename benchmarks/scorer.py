@@ -43,12 +43,12 @@ from model.retrieval.scorer import ScorerConfig
 from model.training.data import EventArrays, Ints
 from model.training.evaluate import (
     Candidates,
+    catalogue_scalars,
     embed_requests,
     excludes_seen,
     make_test_set,
     rank_scored,
     repeat_share,
-    scalar_counts,
 )
 from model.training.loop import tower_of_release, train
 from model.training.scorer import ScorerData, ScorerSettings, fit, fit_interaction, scorer_for, start
@@ -143,13 +143,13 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         candidates = Candidates.of(released, events, kept, test.target_B, exclude_seen=excluded)
         item_IE = released.items.table()
         user_BE = embed_requests(released.encoder, released.head, item_IE, events, test.target_B, test.cut_B)
-        counts = scalar_counts(events, scorer_config, released)
+        scalars = catalogue_scalars(events, scorer_config, released)
         item_NE = item_IE[: events.num_items]
         said["ranks"] = {
             "dot": candidates.ranks(user_BE, item_IE),
-            "late": rank_scored(late.logits, user_BE, item_NE, candidates, counts),
+            "late": rank_scored(late.logits, user_BE, item_NE, candidates, scalars),
             "crossing": rank_scored(crossing, user_BE, item_NE, candidates, None),
-            "scorer": rank_scored(released.scorer, user_BE, item_NE, candidates, counts),
+            "scorer": rank_scored(released.scorer, user_BE, item_NE, candidates, scalars),
         }
     tell("ranked: " + ", ".join(f"{arm} {np.mean(rank <= 100):.4f}" for arm, rank in said["ranks"].items()))
     said |= {
@@ -220,6 +220,7 @@ def entries(name: str, found: Sequence[Mapping[str, Any]], made: Mapping[str, An
     cells = made["all"]["recall@100"]
     ours = cells["scorer"]
     seconds = statistics.mean(one["tower"]["train_seconds"] for one in found)
+    steps = min(one["scorers"]["scorer"][-1]["step"] for one in found)
     others = ", ".join(f"{arm} {cells[arm]['value']:.4f}" for arm in ("late", "crossing"))
     at_20 = made["all"]["recall@20"]
     return [
@@ -238,7 +239,7 @@ def entries(name: str, found: Sequence[Mapping[str, Any]], made: Mapping[str, An
                 f"product {cells['dot']['spread']:.4f}; "
                 f"{others}; Recall@20 {at_20['scorer']['value']:.4f}, dot product {at_20['dot']['value']:.4f}; "
                 f"{made['all']['events']:,} of {found[0]['total']:,} requests, {found[0]['catalogue']:,} items; towers "
-                f"trained {seconds:.0f} s each, {len(found)} side by side"
+                f"trained {seconds:.0f} s each, {len(found)} side by side, their scorers {steps:,.0f} steps or more"
             ),
         }
     ]
@@ -257,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=3, help="seeds at once")
     parser.add_argument("--threads", type=int, default=4, help="of each")
     parser.add_argument("--minutes", type=float, default=1.3, help="of each tower's training")
-    parser.add_argument("--scorer-seconds", type=float, default=20.0, help="of each scorer's training")
+    parser.add_argument("--scorer-seconds", type=float, default=20.0, help="of each scorer's steps")
     parser.add_argument("--steps", type=int, default=8000, help="of each scorer's training, at most")
     parser.add_argument("--targets", type=int, default=200_000, help="events that scorers learn from")
     parser.add_argument("--max-test-events", type=int, default=30_000, help="sample a larger test down to so many")

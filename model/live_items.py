@@ -217,10 +217,17 @@ class LiveCounts:
     def draw(
         self, bucket_B: torch.Tensor, drawn: torch.Tensor, num_draws: int, hours: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Negatives of targets: half events of the `hours` before, half uniform among given rows.
+        """Negatives of targets, and how often they were to be expected.
 
-        drawn: i64, those rows. Returns (items i64 [B, M], log of how often each item was expected among the M draws).
-        Where those hours have no event, all draws are uniform.
+        Returns (items i64 [B, M], as `draw_items`; log of how often each item was expected among the M draws).
+        """
+        item_BM = self.draw_items(bucket_B, drawn, num_draws, hours)
+        return item_BM, torch.log(self.expected_draws(item_BM, bucket_B, drawn, num_draws, hours)).float()
+
+    def draw_items(self, bucket_B: torch.Tensor, drawn: torch.Tensor, num_draws: int, hours: float) -> torch.Tensor:
+        """Negatives of targets, i64 [B, M]: half events of the `hours` before, half uniform among given rows.
+
+        drawn: i64, those rows. Where those hours have no event, all draws are uniform.
         """
         size, length = len(bucket_B), self.length_of(hours)
         recent = num_draws // 2
@@ -233,13 +240,12 @@ class LiveCounts:
         uniform_BM = drawn[torch.randint(len(drawn), (size, num_draws), device=device)]
         recent_BM = self.item_P[place_BM.clamp(max=len(self.item_P) - 1)]
         recent_BM = torch.where(total_B1 > 0, recent_BM, uniform_BM[:, :recent])
-        item_BM = torch.cat([recent_BM, uniform_BM[:, recent:]], 1)
-        return item_BM, torch.log(self.expected_draws(item_BM, bucket_B, drawn, num_draws, hours)).float()
+        return torch.cat([recent_BM, uniform_BM[:, recent:]], 1)
 
     def expected_draws(
         self, item_BM: torch.Tensor, bucket_B: torch.Tensor, drawn: torch.Tensor, num_draws: int, hours: float
     ) -> torch.Tensor:
-        """How often any items are expected among the `num_draws` draws of `draw`: f32 [B, M]."""
+        """How often any items are expected among the draws of `draw_items`: f32 [B, M]."""
         length, recent = self.length_of(hours), num_draws // 2
         total_B1 = self.total(bucket_B, length)[:, None]
         count_BM = self.items.since(item_BM, bucket_B[:, None].expand_as(item_BM), length)

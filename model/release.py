@@ -51,7 +51,6 @@ from model.errors import CheckpointError, ConfigError, GoldenMismatch, PointerCo
 from model.features import Featuriser, Vocabularies
 from model.hybrid_tower import HybridTower, build_encoder, build_head
 from model.item_tower import ItemEmbedder, ItemShape, ItemTower
-from model.packed_encoder import PackedEncoder, is_supported
 from model.records import Context, Event, SubjectItem
 from model.retrieval.scorer import InteractionScorer, ScorerConfig
 from model.state_codec import StateCodec, as_stored
@@ -263,7 +262,6 @@ class Release:
         self.device = device
         self._golden = golden
         self._encoder, self._head, self._items, self._scorer = encoder, head, items, scorer
-        self._packed: PackedEncoder | None = None
         self.item_table: torch.Tensor | None = None
         """f32 [I, E], the item tower's rows, where the items part was loaded."""
         for part in (encoder, head, items, scorer):
@@ -318,20 +316,9 @@ class Release:
         Returns f32 [U, D], before any codec. Raises ShapeError for a user without events.
         """
         events = self.featuriser.events(table, offsets).latest(self.config.history_limit).to(self.device)
-        if self._is_packed:
-            if self._packed is None:
-                self._packed = PackedEncoder(self.encoder)
-            packed_state: NDArray[np.float32] = self._packed.states(events).cpu().numpy()
-            return packed_state
         with self._compute():
             state: NDArray[np.float32] = self.encoder.states(events).cpu().numpy()
         return state
-
-    @property
-    def _is_packed(self) -> bool:
-        """Whether CUDA graphs over batches of fixed size encode: in bfloat16, encoders of the kind they know."""
-        is_half = self.device.type == "cuda" and self.manifest.compute_dtype == "bfloat16"
-        return is_half and is_supported(self.encoder)
 
     def _compute(self) -> contextlib.AbstractContextManager[Any]:
         if self.manifest.compute_dtype == "bfloat16":

@@ -41,6 +41,33 @@ def scaled(feature: torch.Tensor) -> torch.Tensor:
     return feature / _SCALE
 
 
+class CatalogueScalars:
+    """Scalars of a whole catalogue as of buckets: each bucket is counted once and kept, up to a bound.
+
+    Requests come in the same few buckets again and again: at every ranking of the held-out events, for every scorer.
+    """
+
+    def __init__(self, counts: LiveCounts, num_items: int, *, most_values: int = 2**28) -> None:
+        """counts: built with `counting_config`, on the device of the scalars. most_values: most that are kept."""
+        self.counts = counts
+        self._item_N = torch.arange(num_items, device=counts.item_P.device)
+        self._most_values = most_values
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def of(self, bucket_G: list[int]) -> torch.Tensor:
+        """Scalars of every item as of buckets: f32 [G, N, S], as `item_scalars`. Buckets that are new are counted at
+        once. bucket_G: at least one."""
+        new = [bucket for bucket in dict.fromkeys(bucket_G) if bucket not in self._kept]
+        found = self._kept
+        if new:
+            bucket_G1 = torch.tensor(new, device=self._item_N.device)[:, None]
+            counted = item_scalars(self.counts, self._item_N.expand(len(new), -1), bucket_G1)
+            found = self._kept | dict(zip(new, counted, strict=True))
+            if len(found) * counted[0].numel() <= self._most_values:
+                self._kept = found
+        return torch.stack([found[bucket] for bucket in bucket_G])
+
+
 def item_rows(release: Release, scalar_NS: torch.Tensor | None = None) -> ItemRows:
     """A release's catalogue as rows of an index, of its embedding_version; no masks, caps or bids yet.
 

@@ -32,7 +32,7 @@ from model.item_tower import ItemTower
 from model.live_items import HIDDEN, LiveCounts, LiveItems, LiveRequests, catalogue_logits, time_chunks
 from model.metrics import Estimate, bootstrap_means, event_metrics, rank_catalogue, ranks_of
 from model.release import Registry, Release
-from model.retrieval.scalars import counting_config, item_scalars
+from model.retrieval.scalars import CatalogueScalars, counting_config
 from model.retrieval.scorer import ScorerConfig
 from model.state_codec import StateCodec, as_stored
 from model.training.data import (
@@ -332,54 +332,59 @@ def rank_live(
 
 
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""User vectors [B, E] and item features [N, F] to scores of one task, [B, 1, N]: a scorer, or its logits."""
+"""User vectors [B, E] and item features, [N, F] or [B, N, F], to one task's scores, [B, 1, N]: a scorer, its logits."""
 
 
 @torch.inference_mode()
 def scored(
-    score: Score, user_BE: torch.Tensor, item_NE: torch.Tensor, candidates: Candidates, counts: LiveCounts | None,
-    *, chunk: int | None = None,
+    score: Score, user_BE: torch.Tensor, item_NE: torch.Tensor, candidates: Candidates,
+    scalars: CatalogueScalars | None, *, chunk: int | None = None,
 ) -> Iterator[tuple[Ints, torch.Tensor, torch.Tensor]]:  # fmt: skip
-    """Scores of the whole catalogue, requests of one bucket at a time: they share the items' scalars.
+    """Scores of the whole catalogue, requests of neighbouring buckets at a time.
 
-    user_BE, item_NE: f32 on one device. counts: what scalars are counted from, on that device; None where the scorer
-    reads none. chunk: requests at a time; by default as many as score 2**22 pairs at once (2**23 on a GPU).
+    Requests spread over a thousand buckets take no more calls than as many of one.
+
+    user_BE, item_NE: f32 on one device. scalars: on that device; None where the scorer reads none. chunk: requests at a
+    time; by default as many as have 2**20 values of features (2**30 on a GPU).
     Yields (requests i64 [b], scores f32 [b, N], excluded bool [b, N]: what is no candidate of each).
     """
-    device, num_items = item_NE.device, len(item_NE)
+    device = item_NE.device
     time_us_B = torch.from_numpy(candidates.time_us_B)
-    bucket_B = np.zeros(len(user_BE), np.int64) if counts is None else counts.bucket(time_us_B).numpy()
+    bucket_B = np.zeros(len(user_BE), np.int64) if scalars is None else scalars.counts.bucket(time_us_B).numpy()
     born_N = None if candidates.born_us_N is None else torch.from_numpy(candidates.born_us_N).to(device)
     if chunk is None:
-        chunk = max(1, (2**23 if item_NE.is_cuda else 2**22) // max(num_items, 1))
-    order = np.argsort(bucket_B, kind="stable")
-    for same in np.split(order, np.flatnonzero(np.diff(bucket_B[order])) + 1):
-        feature_NF = item_NE
-        if counts is not None and len(same):
-            bucket = torch.tensor(int(bucket_B[same[0]]), device=device)
-            scalar_NS = item_scalars(counts, torch.arange(num_items, device=device), bucket)
-            feature_NF = torch.cat([item_NE, scalar_NS], 1)
-        for start in range(0, len(same), chunk):
-            part = same[start : start + chunk]
-            excluded_bN = candidates.excluded(part, device)
-            if born_N is not None:
-                excluded_bN |= born_N > time_us_B[part].to(device)[:, None]
-            yield part, score(user_BE[torch.from_numpy(part).to(device)], feature_NF)[:, 0], excluded_bN
+        chunk = max(1, (2**30 if item_NE.is_cuda else 2**20) // max(item_NE.numel(), 1))
+    for part in time_chunks(bucket_B, chunk, chunk):
+        feature = item_NE
+        if scalars is not None:
+            bucket_G, group_b = np.unique(bucket_B[part], return_inverse=True)
+            scalar_GNS = scalars.of(bucket_G.tolist())
+            if len(bucket_G) == 1:
+                feature = torch.cat([item_NE, scalar_GNS[0]], 1)
+            else:
+                scalar_bNS = scalar_GNS[torch.from_numpy(group_b).to(device)]
+                feature = torch.cat([item_NE.expand(len(part), -1, -1), scalar_bNS], 2)
+        excluded_bN = candidates.excluded(part, device)
+        if born_N is not None:
+            excluded_bN |= born_N > time_us_B[part].to(device)[:, None]
+        yield part, score(user_BE[torch.from_numpy(part).to(device)], feature)[:, 0], excluded_bN
 
 
-def scalar_counts(events: EventArrays, config: ScorerConfig, release: Release) -> LiveCounts | None:
-    """What a scorer's scalars are counted from, on the release's device; None where it reads none."""
+def catalogue_scalars(events: EventArrays, config: ScorerConfig, release: Release) -> CatalogueScalars | None:
+    """The scalars that a scorer reads of a log, on the release's device; None where it reads none."""
     if not config.scalars:
         return None
-    return events.live_counts(counting_config(config, release.config)).to(release.device)
+    counts = events.live_counts(counting_config(config, release.config)).to(release.device)
+    return CatalogueScalars(counts, events.num_items)
 
 
 def rank_scored(
-    score: Score, user_BE: torch.Tensor, item_NE: torch.Tensor, candidates: Candidates, counts: LiveCounts | None
-) -> Ints:
+    score: Score, user_BE: torch.Tensor, item_NE: torch.Tensor, candidates: Candidates,
+    scalars: CatalogueScalars | None,
+) -> Ints:  # fmt: skip
     """Ranks of the items asked for, by a scorer. Inputs as in `scored`."""
     ranks = np.empty(len(user_BE), np.int64)
-    for part, score_bN, excluded_bN in scored(score, user_BE, item_NE, candidates, counts):
+    for part, score_bN, excluded_bN in scored(score, user_BE, item_NE, candidates, scalars):
         item_b = torch.from_numpy(candidates.item_B[part]).to(item_NE.device)
         ranks[part] = ranks_of(score_bN, item_b, excluded_bN).cpu().numpy()
     return ranks
@@ -491,7 +496,7 @@ def evaluate_quality(
     if (scorer := release.manifest.scorer) is not None:
         ranks["scorer"] = rank_scored(
             release.scorer, users_by_arm["context"], item_IE[: events.num_items], candidates,
-            scalar_counts(events, scorer, release),
+            catalogue_scalars(events, scorer, release),
         )  # fmt: skip
     counted = events.item_T[test.trained_T & events.positive_T]
     count_N = np.bincount(counted[counted < events.num_items], minlength=events.num_items)

@@ -31,7 +31,7 @@ from model.live_items import LiveCounts
 from model.losses import sampled_softmax_each
 from model.metrics import event_metrics
 from model.release import TOWER_PARTS, Manifest, Registry, Release
-from model.retrieval.scalars import counting_config, item_scalars
+from model.retrieval.scalars import CatalogueScalars, counting_config, item_scalars
 from model.retrieval.scorer import InteractionScorer, ScorerConfig
 from model.training.data import DAY_US, EventArrays, Ints, available_from, training_part, validation_targets
 from model.training.evaluate import (
@@ -50,6 +50,8 @@ from model.training.settings import TrainSettings
 log = logging.getLogger(__name__)
 
 SELECTED_BY = "validation_ndcg@100"
+FEW_STEPS = 300
+"""A training that its time limit ends before so many steps says that it learned next to nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +61,8 @@ class ScorerSettings:
     seed: int = 0
     steps: int = 4000
     max_minutes: float | None = None
-    """Wall-clock limit of the steps; the learning rate is brought down in time for it."""
+    """Wall-clock limit of the steps, ranking the held-out events not counted; the learning rate is brought down in time
+    for it."""
     targets_per_step: int = 512
     max_targets: int = 200_000
     """Positive events that are learned from, drawn with the seed; each needs a user embedding."""
@@ -168,6 +171,8 @@ class ScorerData:
         self.born_us_N = available_from(items)
         self._born_us_N = None if self.born_us_N is None else torch.from_numpy(self.born_us_N).to(self.device)
         self.temperature = config.temperature
+        self._counts: dict[int, LiveCounts] = {}
+        self._scalars: dict[ScorerConfig, CatalogueScalars] = {}
         with torch.inference_mode():
             table_IE = release.items.table(with_unknown=True)
         self.table_IE = table_IE.clone()  # a clone made out here is no inference tensor, and training may read it
@@ -191,8 +196,20 @@ class ScorerData:
         self.trained = self._ask(self.target)
 
     def counts(self, config: ScorerConfig) -> LiveCounts:
-        """The log as the scorer's scalars count it, on the device."""
-        return self.log.live_counts(counting_config(config, self.release.config)).to(self.device)
+        """The log as the scorer's scalars count it, on the device; arranged once for each `bucket_s`."""
+        made = self._counts.get(config.bucket_s)
+        if made is None:
+            made = self.log.live_counts(counting_config(config, self.release.config)).to(self.device)
+            self._counts[config.bucket_s] = made
+        return replace(made, windows=tuple(made.length_of(hours) for hours in config.windows_h))
+
+    def scalars(self, config: ScorerConfig) -> CatalogueScalars | None:
+        """The scalars of the whole catalogue that a scorer reads, kept for every ranking; None where it reads none."""
+        if not config.scalars:
+            return None
+        if config not in self._scalars:
+            self._scalars[config] = CatalogueScalars(self.counts(config), self.log.num_items)
+        return self._scalars[config]
 
     def _ask(self, target: Ints) -> Asked:
         release, events = self.release, self.log
@@ -258,7 +275,7 @@ class ScorerData:
         if settings.tower_negatives:
             drawn.append(torch.multinomial(share_BN + 1e-30, settings.tower_negatives, replacement=True))
         if settings.other_negatives:
-            drawn.append(counts.draw(bucket_B, self.drawn, settings.other_negatives, settings.recent_hours)[0])
+            drawn.append(counts.draw_items(bucket_B, self.drawn, settings.other_negatives, settings.recent_hours))
         item_BM = torch.cat(drawn, 1)
         inside_BM = item_BM.clamp(max=num_items - 1)
         expected = settings.tower_negatives * share_BN.gather(1, inside_BM)
@@ -310,7 +327,9 @@ def fit(
     """Train a scorer in place and leave the best weights in it; the validations, the beginning (step 0) first.
 
     scorer: on the data's device. logits: its logits, of one task, as InteractionScorer.logits. config: the scalars it
-    reads. Without held-out events the last weights are kept. Raises ConfigError where the loss is not finite.
+    reads. Without held-out events the last weights are kept. Each row has the `seconds` of steps so far, and those of
+    rankings, `ranking_seconds`. Warns where max_minutes ended it before FEW_STEPS and before its own `steps`. Raises
+    ConfigError where the loss is not finite.
     """
     before = torch.get_float32_matmul_precision()
     if data.device.type == "cuda":
@@ -325,6 +344,7 @@ def _fit(
     data: ScorerData, scorer: nn.Module, logits: Score, config: ScorerConfig, settings: ScorerSettings
 ) -> list[dict[str, float]]:
     counts = data.counts(config)
+    scalars = data.scalars(config)
     scalar_counts = counts if config.scalars else None
     held_out = data.validation() if len(data.held_out) else None
     parameters = list(scorer.parameters())
@@ -335,25 +355,31 @@ def _fit(
     optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate)
     torch.manual_seed(settings.seed)
     order = torch.Generator().manual_seed(settings.seed)
-    started, step, share = time.monotonic(), 0, 0.0
+    started, ranking_s, step, share = time.monotonic(), 0.0, 0, 0.0
     history: list[dict[str, float]] = []
     losses: list[torch.Tensor] = []
     best, best_metric = None, -math.inf
 
+    def trained_s() -> float:
+        return time.monotonic() - started - ranking_s
+
     def validate() -> None:
-        nonlocal best, best_metric
-        row: dict[str, float] = {"step": step, "seconds": round(time.monotonic() - started, 1)}
-        row["loss"] = float(torch.stack(losses).mean()) if losses else math.nan
+        nonlocal best, best_metric, ranking_s
+        loss = float(torch.stack(losses).mean()) if losses else math.nan  # waits for the steps
+        begun = time.monotonic()
+        row: dict[str, float] = {"step": step, "seconds": round(trained_s(), 1), "loss": loss}
         losses.clear()
         if step and not math.isfinite(row["loss"]):
             rate = settings.learning_rate
             raise ConfigError(f"the loss is {row['loss']} at step {step}; a lower learning_rate than {rate:g} may help")
         if held_out is not None:
-            rank_B = rank_scored(logits, *held_out, scalar_counts)
+            rank_B = rank_scored(logits, *held_out, scalars)
             row |= {f"validation_{name}": float(v.mean()) for name, v in event_metrics(rank_B, (20, 100)).items()}
             if row[SELECTED_BY] > best_metric:
                 best_metric = row[SELECTED_BY]
                 best = {name: value.detach().clone() for name, value in scorer.state_dict().items()}
+        ranking_s += time.monotonic() - begun
+        row["ranking_seconds"] = round(ranking_s, 1)
         history.append(row)
         log.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in row.items()))
 
@@ -374,9 +400,15 @@ def _fit(
         step += 1
         share = step / settings.steps
         if settings.max_minutes is not None:
-            share = max(share, (time.monotonic() - started) / (60 * settings.max_minutes))
+            share = max(share, trained_s() / (60 * settings.max_minutes))
         if share >= len(history) / settings.validations:
             validate()
+    if step < min(FEW_STEPS, settings.steps):
+        log.warning(
+            "the time limit ended the scorer's training after %d of %d steps (%.1f s of steps, %.1f s of rankings): "
+            "so few tell little of what it is worth; more max_minutes or fewer targets_per_step may help",
+            step, settings.steps, trained_s(), ranking_s,
+        )  # fmt: skip
     if best is not None:
         scorer.load_state_dict(best)
     return history
@@ -400,7 +432,7 @@ def loss_of(
 
 
 @torch.no_grad()
-def calibrate(score: Score, bias_T: torch.Tensor, data: ScorerData, counts: LiveCounts | None) -> None:
+def calibrate(score: Score, bias_T: torch.Tensor, data: ScorerData, scalars: CatalogueScalars | None) -> None:
     """Shift the last bias so that the probabilities of a request's candidates sum to about 1, not to thousands.
 
     The softmax leaves an offset free; probabilities near 1 would tie in float32. Measured on held-out requests, else
@@ -410,7 +442,7 @@ def calibrate(score: Score, bias_T: torch.Tensor, data: ScorerData, counts: Live
         return
     sums = [
         torch.logsumexp(score_bN.masked_fill(excluded_bN, -torch.inf), 1)
-        for _, score_bN, excluded_bN in scored(score, *data.validation(), counts)
+        for _, score_bN, excluded_bN in scored(score, *data.validation(), scalars)
     ]
     bias_T -= torch.cat(sums).mean()
 
@@ -492,5 +524,5 @@ def fit_interaction(
         history = fit(data, scorer, scorer.logits, config, settings)
     finally:
         parametrize.remove_parametrizations(scorer, "weight_IH", leave_parametrized=True)
-    calibrate(scorer.logits, scorer.out.bias, data, data.counts(config) if config.scalars else None)
+    calibrate(scorer.logits, scorer.out.bias, data, data.scalars(config))
     return history

@@ -13,7 +13,7 @@ def one_seed(seed: int, **ranks: list[int]) -> dict[str, Any]:
     return {
         "seed": seed, "user_B": np.array([0, 0, 1, 2]), "seen_item_B": np.array([True, True, True, False]),
         "ranks": {arm: np.array(rank) for arm, rank in ranks.items()}, "total": 9, "catalogue": 500,
-        "tower": {"train_seconds": 30.0},
+        "tower": {"train_seconds": 30.0}, "scorers": {"scorer": [{"step": 0}, {"step": 700 + seed}]},
     }  # fmt: skip
 
 
@@ -43,6 +43,7 @@ def test_recall_and_differences_by_hand() -> None:
     assert entry["measure"] == "index.scorer.ml1m.recall@100"
     assert (entry["value"], entry["rival_value"]) == (0.875, 0.375)
     assert "by seed +0.5000, +0.5000" in entry["note"]
+    assert "their scorers 700 steps or more" in entry["note"]
 
 
 def test_the_rival_without_crossing_by_hand() -> None:

@@ -1,7 +1,9 @@
 """The trained scorer: negatives and their counts, what it learns, and its release."""
 
 import json
+import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +16,15 @@ import torch
 
 from model.errors import CheckpointError, ConfigError, GoldenMismatch, IndexMismatch, ShapeError
 from model.release import Manifest, Registry
+from model.retrieval import scalars as scalars_module
 from model.retrieval.index import LiveIndex
 from model.retrieval.rows import ItemRows
 from model.retrieval.rules import Plan, Request
-from model.retrieval.scalars import counting_config, item_rows, item_scalars, live_index
+from model.retrieval.scalars import CatalogueScalars, counting_config, item_rows, item_scalars, live_index
 from model.retrieval.scorer import InteractionScorer, ScorerConfig
 from model.training import __main__ as command
-from model.training.evaluate import evaluate_quality, show
+from model.training import scorer as scorer_module
+from model.training.evaluate import evaluate_quality, scored, show
 from model.training.loop import train
 from model.training.scorer import ScorerData, ScorerSettings, _draw, fit_interaction, start, train_scorer
 from tests.builders import make_description, make_event, make_event_table, write_dataset
@@ -285,6 +289,96 @@ def test_probabilities_of_the_candidates_sum_to_about_one(dataset: Path, tmp_pat
     with torch.no_grad():
         total = float(scorer(user_BE[:1], feature_NF).sum())
     assert 0.2 < total < 3
+
+
+@pytest.mark.parametrize("chunk", [1, 3, None])
+def test_requests_of_many_buckets_are_scored_as_each_alone(
+    dataset: Path, tmp_path: Path, chunk: int | None
+) -> None:  # fmt: skip
+    log, manifest = trained(dataset, registry := Registry(tmp_path / "registry"))
+    release = registry.load(manifest.release_id)
+    data = ScorerData(release, *log, manifest.description, BRIEF)
+    scorer = InteractionScorer.of(HERE, release.config.embedding_dim)
+    user_BE, item_NE, candidates = data.validation()
+    counts, item_N = data.counts(HERE), torch.arange(len(item_NE))
+    bucket_B = counts.bucket(torch.from_numpy(candidates.time_us_B))
+    assert len(bucket_B.unique()) > 3
+    found = torch.empty(len(user_BE), len(item_NE))
+    for part, score_bN, _ in scored(scorer, user_BE, item_NE, candidates, data.scalars(HERE), chunk=chunk):
+        found[torch.from_numpy(part)] = score_bN
+    for b, bucket in enumerate(bucket_B):
+        feature_NF = torch.cat([item_NE, item_scalars(counts, item_N, bucket)], 1)
+        with torch.no_grad():
+            torch.testing.assert_close(found[b], scorer(user_BE[b : b + 1], feature_NF)[0, 0])
+
+
+def test_a_bucket_is_counted_once_for_all_rankings(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, manifest = trained(dataset, registry := Registry(tmp_path / "registry"))
+    data = ScorerData(registry.load(manifest.release_id), *log, manifest.description, BRIEF)
+    counted: Counter[int] = Counter()
+    plain = item_scalars
+
+    def counting(counts: Any, item: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
+        counted.update(bucket.flatten().tolist())
+        return plain(counts, item, bucket)
+
+    monkeypatch.setattr(scalars_module, "item_scalars", counting)
+    fit_interaction(data, start(HERE, data.release), HERE, BRIEF)  # three rankings, and one to calibrate
+    held_out = data.counts(HERE).bucket(torch.from_numpy(data.log.time_us_T[data.held_out]))
+    assert counted == dict.fromkeys(held_out.tolist(), 1)
+
+
+def test_scalars_past_the_bound_are_counted_again_and_equal(dataset: Path, tmp_path: Path) -> None:
+    log, manifest = trained(dataset, registry := Registry(tmp_path / "registry"))
+    data = ScorerData(registry.load(manifest.release_id), *log, manifest.description, BRIEF)
+    counts, num_items = data.counts(HERE), data.log.num_items
+    last = counts.items.span - 1
+    buckets = [last, last // 2, last, 0]
+    kept = CatalogueScalars(counts, num_items)
+    bound = CatalogueScalars(counts, num_items, most_values=num_items * HERE.scalars)
+    wanted = torch.stack([item_scalars(counts, torch.arange(num_items), torch.tensor(bucket)) for bucket in buckets])
+    for scalars in (kept, bound, kept, bound):
+        assert torch.equal(scalars.of(buckets), wanted)
+        assert torch.equal(scalars.of(buckets[:1]), wanted[:1])
+
+
+def test_the_time_limit_counts_steps_alone_and_few_steps_are_told(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a clock where a step takes 1 s and a ranking 100 s, a limit of 10 s is ten steps and three rankings."""
+    log, manifest = trained(dataset, registry := Registry(tmp_path / "registry"))
+    data = ScorerData(registry.load(manifest.release_id), *log, manifest.description, BRIEF)
+    now_s = 0.0
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return now_s
+
+    def taking(seconds: float, function: Any) -> Any:
+        def slow(*args: Any) -> Any:
+            nonlocal now_s
+            now_s += seconds
+            return function(*args)
+
+        return slow
+
+    monkeypatch.setattr(scorer_module, "time", Clock)
+    monkeypatch.setattr(scorer_module, "loss_of", taking(1.0, scorer_module.loss_of))
+    monkeypatch.setattr(scorer_module, "rank_scored", taking(100.0, scorer_module.rank_scored))
+    settings = replace(BRIEF, steps=1000, max_minutes=10 / 60)
+    with caplog.at_level(logging.WARNING):
+        history = fit_interaction(data, start(HERE, data.release), HERE, settings)
+    assert [(row["step"], row["seconds"], row["ranking_seconds"]) for row in history] == [
+        (0, 0, 100), (5, 5, 200), (10, 10, 300)
+    ]  # fmt: skip
+    assert "the time limit ended the scorer's training after 10 of 1000 steps" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        fit_interaction(data, start(HERE, data.release), HERE, replace(settings, max_minutes=None, steps=6))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
