@@ -458,7 +458,7 @@ def end_to_end(
     feature_NF = columns.feature_NF.cpu().pin_memory()
 
     def with_features() -> Any:
-        columns.feature_NF.copy_(feature_NF, non_blocking=True)
+        columns.feature_NF.copy_(feature_NF)  # waits: the search is on another stream
         return search.search(users, asked, items, plan)
 
     answers["features copied to the device, then ours"] = with_features
@@ -469,7 +469,7 @@ def end_to_end(
     def joined() -> Any:
         joined_bytes = b"".join([stored[item] for item in range(items)])
         staged.view(torch.int16).numpy().reshape(-1)[:] = np.frombuffer(joined_bytes, np.int16)
-        columns.feature_NF.copy_(staged, non_blocking=True)
+        columns.feature_NF.copy_(staged)
         return search.search(users, asked, items, plan)
 
     answers["features joined from a map in the process, then ours"] = joined

@@ -166,7 +166,7 @@ class ItemTable(nn.Module):
             column = name.rpartition("_")[0]
             if (_CODED_FROM if column in _CODED else column) not in columns:
                 continue
-            buffer.index_copy_(0, row_R, source.get_buffer(name).index_select(0, row_R))
+            buffer.index_copy_(0, row_R, source.get_buffer(name)[row_R])
 
     def grown(self, capacity: int) -> "ItemTable":
         """A table of more room with the same rows."""
