@@ -11,7 +11,7 @@ TowerError
 ├── StoreUnavailable   the state store did not answer in time
 ├── StateMismatch      no resident release may answer with this row
 ├── IndexMismatch      an update or request is of another embedding_version than the item index
-└── IndexBusy          an update waited too long for requests that still read the index
+└── IndexBusy          an update waited too long for requests that still read the index, or a job for a stream
 """
 
 
@@ -60,4 +60,5 @@ class IndexMismatch(TowerError):
 
 
 class IndexBusy(TowerError):
-    """An update waited too long for requests that still read what it is to replace; nothing of it was applied."""
+    """An update waited too long for requests that still read what it is to replace, and nothing of it was applied; or
+    all CUDA streams of the device stayed in use, and the request or update may come again."""

@@ -1,8 +1,8 @@
 """Retrieval of a batch on the GPU as one CUDA graph of few kernels; the answers are those of `Retrieval.search`.
 
-    FusedSearch     one table, kind of plan and batch size: its graph reads the table where it lies, on a stream of its
-                    own. A batch is written into page-locked memory as one block and copied by one transfer; the slates
-                    come back by another. What the kernels leave undone is told by `is_exact_B`
+    FusedSearch     one table, kind of plan and batch size: its graph reads the table where it lies, on a stream lent
+                    for the run (`streams`). A batch is written into page-locked memory as one block and copied by one
+                    transfer; the slates come back by another. What the kernels leave undone is told by `is_exact_B`
     FusedSearches   those of an index, made as they are needed, each for one thread at a time; where an answer was not
                     exact, the utilities are still there and `select_exactly` walks them
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import triton
 
-from model.errors import ShapeError
+from model.errors import IndexBusy, ShapeError
 from model.kernels import slate_triton as slate
 from model.kernels.dot_score_triton import ROW_DTYPES, dot_scores
 from model.kernels.interaction_score import InteractionWeights, why_not
@@ -28,6 +28,7 @@ from model.retrieval.index import ItemTable, Retrieval
 from model.retrieval.rules import MAX_RESULTS, Plan, Requests
 from model.retrieval.scorer import DotScorer, InteractionScorer
 from model.retrieval.select import LEAST_POOL, POOL_PER_RESULT, ROUNDS, Found, drawn, first_places, select_exactly
+from model.retrieval.streams import lent
 
 POOL_WITHOUT_CAPS = 2
 """Room in the pool for each item the walk has to find, where nothing is skipped: keys come in by whole bins."""
@@ -41,6 +42,7 @@ MOST_SEARCHES = 64
 """FusedSearches kept of an index; the one not used for longest goes."""
 ALIGNMENT = 256
 _CAPTURING = threading.Lock()
+"""A capture begins by waiting for the whole device, which no other capture survives: one at a time."""
 
 
 class Block:
@@ -134,27 +136,26 @@ class FusedSearch:
             there["min_budget"], there["excluded"], there["head"], layout.words,
         )  # fmt: skip
         self.graph: torch.cuda.CUDAGraph | None = None
-        is_cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
-        self._side = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # which fills the memory; runs are on other streams
 
-    def launch(self) -> None:
-        """All kernels of a run, on the current stream."""
-        self.launch_scores_beside_filters()
+    def launch(self, side: torch.cuda.Stream | None = None) -> None:
+        """All kernels of a run, on the current stream. side: another one, for what may run beside the scores."""
+        self.launch_scores_beside_filters(side)
         self.launch_selection()
 
-    def launch_scores_beside_filters(self) -> None:
+    def launch_scores_beside_filters(self, side: torch.cuda.Stream | None) -> None:
         """Scores, and beside them what needs none: clearing of counts, excluded rows, filters."""
-        if self._side is None:
+        if side is None:
             self.launch_filters()
             self.launch_scores()
             return
         main = torch.cuda.current_stream(self.table.device)
-        self._side.wait_stream(main)
-        with torch.cuda.stream(self._side):
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
             self.launch_filters()
         self.launch_scores()
-        main.wait_stream(self._side)
+        main.wait_stream(side)
 
     def launch_filters(self) -> None:
         """What each request is allowed of the items."""
@@ -209,17 +210,21 @@ class FusedSearch:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Make the CUDA graph, on a GPU. Other threads may use the device meanwhile, but not wait for all of it."""
-        if self.stream is None:
+        """Make the CUDA graph, on a GPU. Other threads may use the device meanwhile, but not wait for all of it.
+
+        Both streams are this thread's alone from before the capture begins until after it ends.
+        """
+        device = self.table.device
+        if device.type != "cuda":
             return
-        self.stream.wait_stream(torch.cuda.current_stream(self.table.device))  # which made the memory
-        with _CAPTURING:
-            with torch.cuda.stream(self.stream):
-                self.launch()  # compiles
-            self.stream.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.launch()
+        with _CAPTURING, lent(device) as stream, lent(device) as side:
+            with torch.cuda.stream(stream):
+                self.launch(side)  # compiles
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.launch(side)
+            self.graph = graph
 
     def fill(self, user_BE: torch.Tensor, asked: Requests, items: int, plan: Plan) -> None:
         """Write a batch, on the CPU, into the page-locked memory; requests that it lacks get nothing."""
@@ -255,7 +260,8 @@ class FusedSearch:
         plan: whose graph this is (`kind_of`); by default the shape's own.
         """
         plan = plan or self.shape.plan
-        with torch.cuda.stream(self.stream):
+        user_BE = user_BE.cpu()  # on the caller's stream
+        with lent(self.table.device) as stream, torch.cuda.stream(stream):
             self.fill(user_BE, asked, items, plan)
             self.asked.send("excluded", len(asked.excluded_X))
             if self.graph is not None:
@@ -263,8 +269,6 @@ class FusedSearch:
             else:
                 self.launch()
             self.found.fetch()
-        if self.stream is not None:
-            self.stream.synchronize()
         count, k, here = len(asked), plan.k, self.found.here
         return Found(
             here["row"][:count, :k].long(), here["utility"][:count, :k].clone(),
@@ -281,7 +285,7 @@ class FusedSearch:
     @torch.inference_mode()
     def walk_again(self, which_R: torch.Tensor, asked: Requests, items: int, plan: Plan) -> Found:
         """Exact slates of some requests of the batch just searched, from the utilities that it left; on the CPU."""
-        with torch.cuda.stream(self.stream):
+        with lent(self.table.device) as stream, torch.cuda.stream(stream):
             which_R = which_R.to(self.table.device)
             utility_RN, allowed_RN = (part_BN[which_R] for part_BN in self.utilities(items))
             groups = {"advertiser": self.table.advertiser_N[:items], "category": self.table.category_N[:items]}
@@ -303,7 +307,7 @@ class FusedSearches:
     def search(self, table: ItemTable, user_BE: torch.Tensor, asked: Requests, plan: Plan) -> Found:
         """The exact slates of a batch of any size, on the CPU. user_BE: float, on any device. asked: on the CPU.
 
-        The table must not change meanwhile. Raises ShapeError.
+        The table must not change meanwhile. Raises ShapeError, IndexBusy where the device has no stream left.
         """
         most = most_requests(table)
         if len(asked) > most:
@@ -314,15 +318,23 @@ class FusedSearches:
             return Found(*(torch.cat(part) for part in zip(*parts, strict=True)))
         shape = shape_of(plan, asked)
         search = self._take(table, shape)
-        found = search.search(user_BE, asked, table.count, plan)
+        try:
+            found = self._exactly(search, user_BE, asked, plan)
+        except IndexBusy:  # it has not begun, or is done
+            self._give_back(search)
+            raise
+        self._give_back(search)
+        return found
+
+    def _exactly(self, search: FusedSearch, user_BE: torch.Tensor, asked: Requests, plan: Plan) -> Found:
+        found = search.search(user_BE, asked, search.table.count, plan)
         if not bool(found.is_exact_B.all()):
             which_R = (~found.is_exact_B).nonzero()[:, 0]
-            again = search.walk_again(which_R, asked, table.count, plan)
+            again = search.walk_again(which_R, asked, search.table.count, plan)
             for part, mended in zip(found, again, strict=True):
                 part[which_R] = mended
             with self._lock:
                 self.walked_again += len(which_R)
-        self._give_back(search)
         return found
 
     def prepare(self, table: ItemTable, plan: Plan, requests: int, tasks: int) -> None:

@@ -15,7 +15,7 @@ in the order in which items came. Rebuild the index and swap it in to drop the r
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from model.kernels.interaction_score import ItemFeatures
 from model.retrieval.rows import NONE, Deltas, ItemId, ItemRows, Layout, check_ids, check_version
 from model.retrieval.rules import Plan, Request, Requests
 from model.retrieval.select import Found, select, select_exactly
+from model.retrieval.streams import lent
 
 if TYPE_CHECKING:
     from model.retrieval.fused import FusedSearches
@@ -42,6 +43,11 @@ WAIT_S = 5.0
 LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Dtypes of embeddings that are kept with a scale a row, and what a row's largest value becomes."""
 LEAST_SCALE = 1e-30
+_CODED, _CODED_FROM = ("code", "scalar", "scale"), "feature"
+MOST_STAGED_BYTES = 2**25
+"""Of an update that goes to the device as one block of page-locked memory, which PyTorch keeps; a larger one goes
+column by column from where it lies."""
+ALIGNMENT = 16
 
 
 class ItemTable(nn.Module):
@@ -134,14 +140,13 @@ class ItemTable(nn.Module):
         return found
 
     def write(self, row_R: torch.Tensor, columns: dict[str, torch.Tensor]) -> None:
-        """Write rows of some columns, named without their axes. row_R: i64, each once."""
-        row_R = row_R.to(self.device, non_blocking=True)
+        """Write rows of some columns, named without their axes; all on the table's device. row_R: i64, each once."""
         if self.dtype in LARGEST_CODE and "feature" in columns:
-            columns = columns | self._coded(columns["feature"].to(self.device, torch.float32, non_blocking=True))
+            columns = columns | self._coded(columns["feature"].float())
         for name, buffer in self.named_buffers():
             value = columns.get(name.rpartition("_")[0])
             if value is not None:
-                buffer.index_copy_(0, row_R, value.to(self.device, buffer.dtype, non_blocking=True))
+                buffer.index_copy_(0, row_R, value.to(buffer.dtype))
 
     def _coded(self, feature_RF: torch.Tensor) -> dict[str, torch.Tensor]:
         width = self.layout.embedding_dim
@@ -152,11 +157,16 @@ class ItemTable(nn.Module):
         code_RE = code_RE.round() if self.dtype == torch.int8 else code_RE
         return {"code": code_RE.to(self.dtype).view(torch.int8), "scalar": scalar_RS, "scale": scale_R}
 
-    def copy_rows(self, source: "ItemTable", row_R: torch.Tensor) -> None:
-        """Take over rows from a table of the same layout."""
-        row_R = row_R.to(self.device)
-        columns = {name.rpartition("_")[0]: buffer[row_R] for name, buffer in source.named_buffers()}
-        self.write(row_R, columns)
+    def copy_rows(self, source: "ItemTable", row_R: torch.Tensor, columns: Set[str]) -> None:
+        """Take over rows of some columns, named as for `write`, from a table of the same layout and dtype.
+
+        row_R: i64, on the tables' device.
+        """
+        for name, buffer in self.named_buffers():
+            column = name.rpartition("_")[0]
+            if (_CODED_FROM if column in _CODED else column) not in columns:
+                continue
+            buffer.index_copy_(0, row_R, source.get_buffer(name)[row_R])
 
     def grown(self, capacity: int) -> "ItemTable":
         """A table of more room with the same rows."""
@@ -165,6 +175,37 @@ class ItemTable(nn.Module):
             table.get_buffer(name)[: self.capacity].copy_(buffer)
         table.count = self.count
         return table
+
+
+def packed(values: dict[str, torch.Tensor], is_pinned: bool) -> torch.Tensor:
+    """The tensors, on the CPU, side by side: u8, in page-locked memory or not."""
+    size = sum(_aligned(value.nbytes) for value in values.values())
+    block = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
+    for name, part in unpacked(block, values).items():
+        part.copy_(values[name])
+    return block
+
+
+def unpacked(block: torch.Tensor, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Views of what `packed` made of such tensors, wherever the block is."""
+    parts, start = {}, 0
+    for name, value in values.items():
+        parts[name] = block[start : start + value.nbytes].view(value.dtype).view(value.shape)
+        start += _aligned(value.nbytes)
+    return parts
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def sent(values: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Tensors of the CPU on a device, by one copy where they are few; ready on the current stream."""
+    if device.type == "cpu":
+        return values
+    if sum(value.nbytes for value in values.values()) > MOST_STAGED_BYTES:
+        return {name: value.to(device) for name, value in values.items()}
+    return unpacked(packed(values, is_pinned=True).to(device, non_blocking=True), values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +328,8 @@ class _Side:
     revision: int = 0
     readers: int = 0
     behind_R: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    """Rows that the other side has newer."""
+    """Rows that the other side has newer, of the columns `behind`."""
+    behind: Set[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,10 +367,13 @@ class LiveIndex:
         self._moved = threading.Condition()
         self._writing = threading.Lock()
         is_cuda = tables[0].device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        if is_cuda:
+            torch.cuda.current_stream(tables[0].device).synchronize()  # which fills them; updates are on other streams
         self._searches = fused_searches(self.retrieval) if (is_cuda if fused is None else fused) else None
         self._row_of: dict[Any, int] = {}
         self._ids: list[Any] = []
+        self._is_there = bytearray()
+        """By row: is_there_N after the last update, for updates; so that none waits for the device to tell."""
         self.upsert(rows)
 
     def __len__(self) -> int:
@@ -387,7 +432,7 @@ class LiveIndex:
         user_BE: float [B, E], made by a release of `embedding_version`. bonus: number of rows N to f32 [B, N] on the
         index's device, what the request knows of items and no row holds; added to each score. scalars: to f32 [N, S],
         read in the place of those that rows hold.
-        Raises IndexMismatch for users of another version, ShapeError, DataError.
+        Raises IndexMismatch for users of another version, ShapeError, DataError; on a GPU IndexBusy, see `streams`.
         """
         check_version("a request", embedding_version, self.embedding_version)
         user_BE = torch.as_tensor(user_BE)
@@ -455,6 +500,9 @@ class LiveIndex:
                     del self._row_of[item]
                 del self._ids[known:]
                 raise
+            self._is_there.extend(bytes(len(new)))
+            for place in places:
+                self._is_there[place] = True
             return Applied(len(places), 0, self.revision)
 
     def delete(self, embedding_version: str, item_ids: Sequence[ItemId]) -> Applied:
@@ -465,6 +513,8 @@ class LiveIndex:
             places = self._places(item_ids)
             gone = torch.zeros(len(places), dtype=torch.bool)
             self._write(places, {"eligible": gone, "is_there": gone}, len(self._ids))
+            for place in places:
+                self._is_there[place] = False
             return Applied(len(places), len(item_ids) - len(places), self.revision)
 
     def change(self, deltas: Deltas) -> Applied:
@@ -480,8 +530,7 @@ class LiveIndex:
 
     def _places(self, item_ids: Sequence[ItemId]) -> list[int]:
         """Rows of those items that are there, in their order."""
-        rows = self.rows_of(item_ids, len(self._ids))
-        return [row for row, there in zip(rows, self._reading.table.are_there(rows), strict=True) if there]
+        return [row for row in self.rows_of(item_ids, len(self._ids)) if self._is_there[row]]
 
     @torch.no_grad()
     def _write(self, places: list[int], columns: dict[str, torch.Tensor], count: int) -> None:
@@ -493,25 +542,25 @@ class LiveIndex:
                 raise IndexBusy(
                     f"{idle.readers} requests still read, after {WAIT_S:g} s, the table this update is to be written to"
                 )
-        behind_R = idle.behind_R
+        behind_R, behind = idle.behind_R, idle.behind
         # Until the swap: should the write fail, the next one copies these rows back.
         idle.behind_R = torch.cat([behind_R, row_R]).unique()  # type: ignore[no-untyped-call]
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # new tables are filled there
-        with torch.cuda.stream(self._stream):
+        idle.behind = behind | columns.keys()
+        behind_R = behind_R[behind_R < reading.table.capacity]
+        with lent(self.device) as stream, torch.cuda.stream(stream):
+            there = sent({"row": row_R, "behind": behind_R, **columns}, self.device)
+            row_there_R, behind_there_R = there.pop("row"), there.pop("behind")
             outgrown = idle.table if count > idle.table.capacity else None
             if outgrown is not None:
                 idle.table = reading.table.grown(max(count, int(reading.table.capacity * GROWTH)))
-            else:
-                idle.table.copy_rows(reading.table, behind_R[behind_R < reading.table.capacity])
-            idle.table.write(row_R, columns)
+            elif len(behind_R):
+                idle.table.copy_rows(reading.table, behind_there_R, behind)
+            idle.table.write(row_there_R, there)
             idle.table.count = count
-        if self._stream is not None:
-            self._stream.synchronize()
         if self._searches is not None and outgrown is not None:
             self._searches.move(outgrown, idle.table)
-        idle.behind_R = torch.zeros(0, dtype=torch.int64)
-        reading.behind_R = row_R
+        idle.behind_R, idle.behind = torch.zeros(0, dtype=torch.int64), frozenset()
+        reading.behind_R, reading.behind = row_R, frozenset(columns)
         idle.revision = reading.revision + 1
         with self._moved:
             self._reading, self._idle = idle, reading

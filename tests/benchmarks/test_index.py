@@ -19,6 +19,7 @@ from benchmarks.index import (
     make_rows,
     rows_are_torn,
     slate_is_torn,
+    torn_entry,
     torn_slates,
     updates,
 )
@@ -58,6 +59,12 @@ def test_slates_with_part_of_a_group_or_two_numbers_are_torn() -> None:
     assert slate_is_torn(both[:-1], nines_and_fours), "half a deletion"
     assert slate_is_torn(both, np.array([9.0] * (GROUP - 1) + [4.0] * (GROUP + 1), np.float32)), "two numbers"
     assert slate_is_torn(list(range(GROUP)), np.full(GROUP, 6.0, np.float32)), "score 2, bid 3"
+
+
+def test_the_record_of_torn_reads_says_how_many_answers_were_looked_at() -> None:
+    reads = Reads(1200, 0, {1, 2, 5})
+    assert torn_entry(reads, 1200)["note"] == "of 1,200 answers looked at, over 3 revisions"
+    assert torn_entry(reads, 5000)["note"].endswith("over 3 revisions; 5,000 were wanted, cut off after 50 s")
 
 
 def test_slates_of_a_batch_must_be_alike() -> None:

@@ -146,6 +146,70 @@ def test_a_pinned_table_does_not_change_and_an_update_waits_for_it(monkeypatch: 
     assert best(index) == [11, 10, 12]
 
 
+def test_columns_of_an_update_side_by_side_are_the_same_again() -> None:
+    """Of every dtype that updates have, odd sizes, views with strides, and none."""
+    values = {
+        "row": torch.tensor([3, 1, 2]), "gone": torch.tensor([True, False, True]),
+        "feature": torch.arange(12.0).view(3, 4)[:, 1:], "mask": torch.tensor([[-(2**63), 5]] * 3),
+        "attribute": torch.zeros(3, 0), "behind": torch.zeros(0, dtype=torch.int64),
+    }  # fmt: skip
+    block = index_module.packed(values, is_pinned=False)
+    found = index_module.unpacked(block, values)
+    assert found.keys() == values.keys()
+    for name, value in values.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+    block.zero_()
+    assert not any(value.any() for value in found.values()), "views, not copies"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_updates_of_other_columns_one_after_the_other_are_all_kept(dtype: torch.dtype) -> None:
+    """After each, both tables hold what an index has that never had the other table to catch up with."""
+    rng = np.random.default_rng(4)
+    rows = make_rows(rng, 30)
+    index = LiveIndex(rows, DotScorer(), dtype=dtype)
+    wanted = {item: (float(rows.bid_R[at]), float(rows.budget_R[at]), True) for at, item in enumerate(rows.item_ids)}
+    feature_of = dict(zip(rows.item_ids, index.copy_of_rows(rows.item_ids).feature_RF.tolist(), strict=True))
+    for step in range(60):
+        ids = rng.permutation(rows.item_ids)[:5].tolist()
+        money = rng.integers(1, 9, 5).astype(np.float32)
+        there = [item for item in ids if wanted[item][2]]
+        if step % 4 == 0:
+            index.change(Deltas(VERSION, ids, bid_R=torch.from_numpy(money)))
+            wanted |= {
+                item: (float(bid), *wanted[item][1:]) for item, bid in zip(ids, money, strict=True) if item in there
+            }
+        elif step % 4 == 1:
+            index.change(Deltas(VERSION, ids, budget_R=torch.from_numpy(money)))
+            wanted |= {
+                item: (wanted[item][0], float(budget), True)
+                for item, budget in zip(ids, money, strict=True) if item in there
+            }  # fmt: skip
+        elif step % 4 == 2:
+            applied = index.delete(VERSION, ids)
+            assert (applied.changed, applied.unknown) == (len(there), 5 - len(there))
+            wanted |= {item: (*wanted[item][:2], False) for item in ids}
+        else:
+            brought = make_rows(rng, 30)
+            at_R = torch.tensor([item - 1000 for item in ids])
+            picked = [getattr(brought, name) [at_R] for name in (
+                "feature_RF", "mask_RW", "category_R", "advertiser_R", "attribute_RA", "bid_R", "budget_R", "eligible_R"
+            )]  # fmt: skip
+            index.upsert(ItemRows(VERSION, rows.layout, ids, *picked))
+            wanted |= {
+                item: (bid, budget, True)
+                for item, bid, budget in zip(ids, picked[5].tolist(), picked[6].tolist(), strict=True)
+            }  # fmt: skip
+            feature_of |= dict(zip(ids, index.copy_of_rows(ids).feature_RF.tolist(), strict=True))
+        found = index.copy_of_rows(rows.item_ids)
+        assert found.item_ids == [item for item in rows.item_ids if wanted[item][2]]
+        assert found.bid_R.tolist() == [wanted[item][0] for item in found.item_ids]
+        assert found.budget_R.tolist() == [wanted[item][1] for item in found.item_ids]
+        assert found.feature_RF.tolist() == [feature_of[item] for item in found.item_ids]
+        assert len(index) == len(found)
+
+
 def test_a_write_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """It breaks off after some columns; the rows it touched are put right by the next update."""
     index = LiveIndex(rows_of({10: 1, 11: 2}), DotScorer(), capacity=8)
