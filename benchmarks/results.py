@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,8 @@ from typing import Any, Final
 from benchmarks.page import render
 
 FOLDER: Final = Path(__file__).parent / "results"
+PLACES: Final = ("--data", "--keep", "--out", "--plot", "--plots", "--registry", "--studies")
+"""Options of benchmarks that say where files are: no figure depends on them."""
 REQUIRED: Final = ("measure", "value", "unit")
 OPTIONAL: Final = ("target", "rival", "rival_value", "command", "hardware", "versions", "date", "note")
 
@@ -56,12 +58,26 @@ def _complete(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """How this process may be run again from the repository's root."""
-    name = Path(sys.argv[0])
+    """How this process may be run again from the repository's root; where files lay on this machine is left out."""
+    name, arguments = Path(sys.argv[0]), _without_places(sys.argv[1:])
     with contextlib.suppress(ValueError):
         name = name.resolve().relative_to(Path(__file__).resolve().parents[1])
-        return shlex.join(["python", "-m", ".".join(name.with_suffix("").parts), *sys.argv[1:]])
-    return shlex.join(["python", name.name, *sys.argv[1:]])
+        return shlex.join(["python", "-m", ".".join(name.with_suffix("").parts), *arguments])
+    return shlex.join(["python", name.name, *arguments])
+
+
+def _without_places(arguments: Sequence[str]) -> list[str]:
+    """Arguments without the options that name files and folders, as `--out FOLDER` or `--out=FOLDER`."""
+    kept: list[str] = []
+    is_place = False
+    for argument in arguments:
+        if is_place:
+            is_place = False
+        elif argument in PLACES:
+            is_place = True
+        elif argument.partition("=")[0] not in PLACES:
+            kept.append(argument)
+    return kept
 
 
 def hardware() -> str:

@@ -13,6 +13,7 @@ L width of the live part.
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +54,7 @@ class Counted:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class Counting:
+class Counting(ABC):
     """Counts of a log for the rows of an index, and what a release makes of them once a bucket."""
 
     def __init__(self, config: TowerConfig, device: Any = "cpu") -> None:
@@ -83,9 +84,9 @@ class Counting:
         self._at(counted, until_us)
         return counted
 
+    @abstractmethod
     def _made(self, feature_RF: torch.Tensor, row_R: torch.Tensor) -> torch.Tensor:
         """What is kept of a bucket. row_R: i64, rows of the index, and R for an item without events."""
-        raise NotImplementedError
 
     def _at(self, counted: Counted, time_us: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Bucket of a time, i64 scalar, with features of all rows and what is made of them; see Counted.made."""

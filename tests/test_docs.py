@@ -33,6 +33,7 @@ def test_recorded_figures_are_complete(path: Path) -> None:
     assert names == sorted(set(names))
     for entry in entries:
         assert {"measure", "value", "unit", "command", "hardware", "versions", "date"} <= set(entry), entry["measure"]
+        assert not re.search(r"(^|[\s=])[./~]*/", entry["command"]), f"a path of one machine: {entry['command']}"
     assert path.with_suffix(".md").read_text() == render(path.stem, entries), "run: python -m benchmarks.page"
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import results
 from benchmarks.results import record
 
 
@@ -34,3 +35,10 @@ def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
 def test_an_entry_must_be_whole(tmp_path: Path, entry: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="an entry needs"):
         record("speed", [entry], tmp_path)
+
+
+def test_a_command_leaves_out_where_files_lay(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = str(Path(results.__file__).with_name("globo.py"))
+    arguments = ["--data", "/somewhere/else", "--device", "cuda", "--out=there", "--only", "ml-1m", "--plot", "a.svg"]
+    monkeypatch.setattr("sys.argv", [program, *arguments])
+    assert results.command_line() == "python -m benchmarks.globo --device cuda --only ml-1m"
