@@ -390,7 +390,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
     days = [name for name in report["slices"] if name[:2] == "20"]
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    shown = [*TOWERS, "popular_10m", "popular_3h", "coclick_last", "blend_10m", "blend_1h"]
+    shown = [*TOWERS, "popular_10m", "popular_3h", "coclick_last", "blend_10m", "blend_10m_today"]
     for arm in shown:
         values = [report["slices"][day]["recall@20"][arm]["value"] for day in days]
         is_rival = arm in RIVALS
