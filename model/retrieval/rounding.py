@@ -43,7 +43,7 @@ def sensitivity(scorer: Any, user_UE: torch.Tensor, feature_NF: torch.Tensor, se
 
 
 def feedback(sensitivity_EE: torch.Tensor) -> torch.Tensor:
-    """f32 [E, E], upper triangular with ones: what each value's error adds to the values after it (`coded`)."""
+    """f32 [E, E], upper triangular with ones: what of a value's error is taken from each after it (`coded`)."""
     exact_EE = sensitivity_EE.double()
     mean = exact_EE.diagonal().mean().clamp_min(LEAST_SCALE)
     damped_EE = exact_EE + DAMPING * mean * torch.eye(len(exact_EE), dtype=torch.float64, device=exact_EE.device)
