@@ -8,7 +8,8 @@ is a centre plus 0.9 of noise, a user an item drawn evenly plus 0.5. Noise is no
 1; every vector is brought to length 1. So the best 1,000 of a user come from one centre and from others of its topic.
 
 - brute force: one product in bfloat16 and topk, over all rows at once or in pieces; the same over int8 codes
-- FAISS on the GPU, where it is installed: `faiss_rivals`; torchretrieve is not on PyPI, the product and topk stand for it
+- FAISS on the GPU, where it is installed: `faiss_rivals`; torchretrieve, which the PyPI that we reach does not have, is
+  stood for by the product and topk
 - all codes: the first level reads every code; survivors by exact dot product in float32
 - P probes: it reads the codes of the user's nearest P of 16,384 k-means clusters
 
