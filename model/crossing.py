@@ -110,7 +110,9 @@ class KeyValueCache:
             from model.kernels.keys_and_values_triton import widen
 
             return widen(*pair, *scales, self.request_E, self.read_dtype)
-        key, value = (dequantise(x, scale, self.request_E, self.read_dtype) for x, scale in zip(pair, scales, strict=True))
+        key, value = (
+            dequantise(x, scale, self.request_E, self.read_dtype) for x, scale in zip(pair, scales, strict=True)
+        )
         return key, value
 
 
@@ -223,7 +225,7 @@ class _HalfWay:
         heads = self._block.num_heads
         out_TN = F.linear(normed_TD, weight_ND, bias_N)
         rotate_in_place(out_TN, (parts - 1) * heads, packing.cos_Td, packing.sin_Td)
-        return out_TN.view(len(out_TN), parts, heads, -1).unbind(1)
+        return out_TN.view(len(out_TN), parts, heads, 2 * packing.cos_Td.shape[-1]).unbind(1)
 
     def finish(
         self, input_TD: torch.Tensor, attended_Thd: torch.Tensor, following: nn.LayerNorm | None
@@ -234,9 +236,7 @@ class _HalfWay:
 class CrossingLayer(nn.Module):
     """One pre-norm Transformer block whose weights serve both passes."""
 
-    def __init__(
-        self, block: Block, *, is_compiled: bool = False, product_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, block: Block, *, is_compiled: bool = False, product_dtype: torch.dtype | None = None) -> None:
         """is_compiled: norms, rotations, activations and residuals are fused (torch.compile), which takes a while at
         the first sizes they meet; in half-precision inference on CUDA they are kernels of ours.
         product_dtype: see ContextPass."""

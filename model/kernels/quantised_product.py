@@ -148,10 +148,10 @@ def rotated_product_reference(
     x: Rows, layer: Linear, cos_Td: torch.Tensor, sin_Td: torch.Tensor, turned: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """As rotated_product, on any device."""
-    out_TN = F.linear(x.wide(), layer.weight.wide(), layer.bias_N)
-    first, second = out_TN.unflatten(1, (-1, cos_Td.shape[-1], 2)).unbind(-1)
+    out_TN, half = F.linear(x.wide(), layer.weight.wide(), layer.bias_N), cos_Td.shape[-1]
+    first, second = out_TN.reshape(len(out_TN), out_TN.shape[1] // (2 * half), half, 2).unbind(-1)
     cos, sin = (x.expand_as(first) for x in (cos_Td, sin_Td))
-    is_turned = (torch.arange(first.shape[1], device=first.device) < turned // (2 * cos_Td.shape[-1]))[:, None]
+    is_turned = (torch.arange(first.shape[1], device=first.device) < turned // (2 * half))[:, None]
     turned_first = torch.where(is_turned, first * cos - second * sin, first)
     turned_second = torch.where(is_turned, first * sin + second * cos, second)
     return torch.cat([turned_first, turned_second], -1).flatten(1).to(dtype)
@@ -160,7 +160,7 @@ def rotated_product_reference(
 def paired(x_N: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Output channels of all heads ([N, ...], N a multiple of heads): of each, channel j and channel d / 2 + j next to
     one another."""
-    return x_N.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+    return x_N.reshape(num_heads, 2, -1, *x_N.shape[1:]).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def check_product(x: Rows, layer: Linear, residual_TN: torch.Tensor | None) -> None:
@@ -209,18 +209,18 @@ class QuantisedBlock:
         self, hidden_TD: torch.Tensor, normed: Normed, packing: Packing
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, [T, h, d]; queries and keys rotated to their positions."""
-        turned, angles = 2 * hidden_TD.shape[1], (packing.cos_Td, packing.sin_Td)
-        qkv_TN = rotated_product(normed[0], self.qkv, *angles, turned, hidden_TD.dtype)
-        query, key, value = qkv_TN.view(len(qkv_TN), 3, self.block.num_heads, -1).unbind(1)
+        width, angles = hidden_TD.shape[1], (packing.cos_Td, packing.sin_Td)
+        qkv_TN = rotated_product(normed[0], self.qkv, *angles, 2 * width, hidden_TD.dtype)
+        query, key, value = qkv_TN.view(len(qkv_TN), 3, self.block.num_heads, width // self.block.num_heads).unbind(1)
         return query, key, value
 
     def project_keys_and_values(
         self, hidden_TD: torch.Tensor, normed: Normed, packing: Packing
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As project, without the queries."""
-        turned, angles = hidden_TD.shape[1], (packing.cos_Td, packing.sin_Td)
-        both_TN = rotated_product(normed[0], self.keys_and_values, *angles, turned, hidden_TD.dtype)
-        key, value = both_TN.view(len(both_TN), 2, self.block.num_heads, -1).unbind(1)
+        width, angles = hidden_TD.shape[1], (packing.cos_Td, packing.sin_Td)
+        both_TN = rotated_product(normed[0], self.keys_and_values, *angles, width, hidden_TD.dtype)
+        key, value = both_TN.view(len(both_TN), 2, self.block.num_heads, width // self.block.num_heads).unbind(1)
         return key, value
 
     def finish(

@@ -48,14 +48,20 @@ def gelu_product_kernel(x: Rows, length: torch.Tensor, layer: Linear, tiles: Til
     out = x.value_NK.new_empty(len(x.value_NK), len(layer.bias_N))
     scale = torch.empty_like(x.scale_N)
     _launch(
-        x, layer, out, tiles or GELU_TILES, length=length, longest=(1 + ROUNDING) * layer.longest, largest_bias=layer.largest_bias,
-        out_scale=scale,
+        x, layer, out, tiles or GELU_TILES, length=length, longest=(1 + ROUNDING) * layer.longest,
+        largest_bias=layer.largest_bias, out_scale=scale,
     )  # fmt: skip
     return Rows(out, scale)
 
 
 def rotated_product_kernel(
-    x: Rows, layer: Linear, cos: torch.Tensor, sin: torch.Tensor, turned: int, dtype: torch.dtype, tiles: Tiles | None = None
+    x: Rows,
+    layer: Linear,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    turned: int,
+    dtype: torch.dtype,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """As rotated_product. The caller has checked the shapes."""
     out = torch.empty(len(x.value_NK), len(layer.bias_N), dtype=dtype, device=x.value_NK.device)

@@ -52,7 +52,10 @@ def make_norm(width: int) -> torch.nn.LayerNorm:
 
 
 def make_layer(outputs: int, channels: int, seed: int = 1) -> tuple[Linear, torch.Tensor, torch.Tensor]:
-    weight_NK, bias_N = draw(outputs, channels, seed=seed).float() * channels**-0.5, draw(outputs, seed=seed + 1).float()
+    weight_NK, bias_N = (
+        draw(outputs, channels, seed=seed).float() * channels**-0.5,
+        draw(outputs, seed=seed + 1).float(),
+    )
     return Linear.of(weight_NK, bias_N), weight_NK, bias_N
 
 
@@ -121,9 +124,7 @@ def test_products_are_near_those_of_what_was_rounded() -> None:
     assert 1e-3 < off(product(x, layer, nothing_TN), exact_TN) < 0.04
     assert 1e-3 < off(gelu_product(x, length_T, layer).wide(), F.gelu(exact_TN)) < 0.06
     cos, sin = angles(37)
-    found_TN = rotated_product(
-        x, Linear.of(paired(weight_NK, 6), paired(bias_N, 6)), cos, sin, 128, torch.float32
-    )
+    found_TN = rotated_product(x, Linear.of(paired(weight_NK, 6), paired(bias_N, 6)), cos, sin, 128, torch.float32)
     query, key, value = exact_TN.reshape(37, 3, 2, HEAD_DIM).unbind(1)
     packing = Packing(*(torch.empty(0),) * 3, 0, cos, sin, torch.empty(0))  # type: ignore[arg-type]
     wanted_TN = torch.stack([rotate(query, packing), rotate(key, packing), value], 1).flatten(1)
