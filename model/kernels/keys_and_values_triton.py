@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-_PAIRS = 128
+_ROTATED_PAIRS, _WIDENED_PAIRS = 32, 64
+"""Of a program: so few that a thread has registers for them and a multiprocessor holds as many threads as it can."""
 
 
 def rotate_in_place(x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -17,9 +18,10 @@ def rotate_in_place(x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.T
     Source: rotary embedding (Su et al. 2021, equation 34).
     """
     if len(x):
-        _rotate_kernel[(triton.cdiv(len(x) * heads, _PAIRS),)](
-            x, x.stride(0), cos, sin, len(x) * heads, HEADS=heads, HALF=cos.shape[-1], PAIRS=_PAIRS, num_warps=4
-        )
+        _rotate_kernel[(triton.cdiv(len(x) * heads, _ROTATED_PAIRS),)](
+            x, x.stride(0), cos, sin, len(x) * heads, HEADS=heads, HALF=cos.shape[-1], PAIRS=_ROTATED_PAIRS,
+            num_warps=4,
+        )  # fmt: skip
 
 
 def widen(
@@ -28,26 +30,17 @@ def widen(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Keys and values of bytes times their scales, each [E, h, d] in the dtype.
 
-    key, value: float8_e4m3fn or int8 [E, h, d], contiguous, d a power of 2.  key_scale, value_scale: f32 [R, h].
+    key, value: float8_e4m3fn or int8 [E, h, d], contiguous, d a power of 2, 8 or more.  key_scale, value_scale: f32 [R, h].
     request: i64 [E].
     """
     events, heads, channels = key.shape
     out = torch.empty(2, events, heads, channels, dtype=dtype, device=key.device)
-    widen_into(out, key, value, key_scale, value_scale, request)
-    return out[0], out[1]
-
-
-def widen_into(
-    out: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_scale: torch.Tensor, value_scale: torch.Tensor,
-    request: torch.Tensor,
-) -> None:  # fmt: skip
-    """As widen, into [2, E, h, d]."""
-    events, heads, channels = key.shape
     if events:
-        _widen_kernel[(triton.cdiv(events * heads, _PAIRS), 2)](
+        _widen_kernel[(triton.cdiv(events * heads, _WIDENED_PAIRS), 2)](
             key, value, key_scale, value_scale, request, out, events * heads,
-            HEADS=heads, D=channels, PAIRS=_PAIRS, num_warps=4,
+            HEADS=heads, D=channels, PAIRS=_WIDENED_PAIRS, num_warps=4,
         )  # fmt: skip
+    return out[0], out[1]
 
 
 @triton.jit
@@ -68,15 +61,15 @@ def _rotate_kernel(x, stride, cos, sin, pairs, HEADS: tl.constexpr, HALF: tl.con
 def _widen_kernel(
     key, value, key_scale, value_scale, request, out, pairs, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr
 ):
+    if tl.program_id(1):
+        key = value
+        key_scale = value_scale
+        out += tl.cast(pairs, tl.int64) * D
     pair_G = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     is_pair = pair_G < pairs
+    channel_d = tl.max_contiguous(tl.arange(0, D), 8)  # more a thread, and numbers would change hands to be stored
+    at = pair_G[:, None].to(tl.int64) * D + channel_d[None, :]
+    wide_Gd = tl.load(key + at, is_pair[:, None], 0.0).to(tl.float32)
     scale_at = tl.load(request + pair_G // HEADS, is_pair, 0) * HEADS + pair_G % HEADS
-    at = pair_G[:, None].to(tl.int64) * D + tl.arange(0, D)[None, :]
-    if tl.program_id(1) == 0:
-        wide_Gd = tl.load(key + at, is_pair[:, None], 0.0).to(tl.float32)
-        scale_G = tl.load(key_scale + scale_at, is_pair, 0.0)
-    else:
-        wide_Gd = tl.load(value + at, is_pair[:, None], 0.0).to(tl.float32)
-        scale_G = tl.load(value_scale + scale_at, is_pair, 0.0)
-        at += tl.cast(pairs, tl.int64) * D
-    tl.store(out + at, (wide_Gd * scale_G[:, None]).to(out.dtype.element_ty), is_pair[:, None])
+    wide_Gd *= tl.load(key_scale + scale_at, is_pair, 0.0)[:, None]
+    tl.store(out + at, wide_Gd.to(out.dtype.element_ty), is_pair[:, None])

@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.kernels.crossing_attention_triton import _IS_INTERPRETED
-from model.kernels.packed_block_triton import _gelu
+from model.kernels.packed_block_triton import _gelu, norm_tile
 from model.kernels.quantised_product import FP8, LARGEST, ROUNDING, Linear, Rows
 
 _LARGEST: tl.constexpr = tl.constexpr(LARGEST)
@@ -33,7 +33,9 @@ class Tiles:
     num_stages: int
 
 
-RESIDUAL_TILES, GELU_TILES, ROTATED_TILES = (Tiles(128, 128, 128, 4, 3) for _ in range(3))
+RESIDUAL_TILES = GELU_TILES = Tiles(128, 128, 128, 4, 3)
+ROTATED_TILES = Tiles(64, 256, 128, 4, 2)
+"""The fastest of nine on an H200, of 5,248 tokens and 768 channels."""
 
 
 def product_kernel(x: Rows, layer: Linear, residual: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
@@ -113,13 +115,11 @@ def _add_norm_rows(
     tokens, width = hidden.shape
     value = torch.empty(tokens, width, dtype=FP8, device=hidden.device)
     scale, length = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
-    block = triton.next_power_of_2(width)
-    rows = max(1, 4096 // block)
+    tile = norm_tile(width)
     if tokens:
-        _add_norm_rows_kernel[(triton.cdiv(tokens, rows),)](
-            hidden, added, bias, total, norm, norm_bias, value, scale, length, tokens, epsilon,
-            D=width, ROWS=rows, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+        _add_norm_rows_kernel[(triton.cdiv(tokens, tile["ROWS"]),)](
+            hidden, added, bias, total, norm, norm_bias, value, scale, length, tokens, epsilon, D=width, **tile
+        )
     return Rows(value, scale), length
 
 
@@ -199,7 +199,7 @@ def _add_norm_rows_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row_M = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel_D = tl.arange(0, BLOCK)
+    channel_D = tl.max_contiguous(tl.arange(0, BLOCK), 8)  # more a thread, and bytes would change hands to be stored
     is_row = row_M < tokens
     is_channel = channel_D < D
     is_value = is_row[:, None] & is_channel[None, :]
@@ -216,6 +216,6 @@ def _add_norm_rows_kernel(
     result += tl.load(norm_bias + channel_D, is_channel, 0.0).to(tl.float32)[None, :]
     largest_M = tl.max(tl.abs(result), 1)
     scale_M = tl.where(largest_M > 0, largest_M / _LARGEST, 1.0)
-    tl.store(value + at, _rounded(result / scale_M[:, None]), is_value)
+    tl.store(value + at, _rounded(result * (1.0 / scale_M)[:, None]), is_value)
     tl.store(scale + row_M, scale_M, is_row)
     tl.store(length + row_M, tl.sqrt(tl.sum(result * result, 1)), is_row)
