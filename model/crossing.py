@@ -310,12 +310,15 @@ class ContextPass(nn.Module):
         product_dtype: torch.dtype | None = None,
     ) -> None:
         """version: names all that these weights are; None: their fingerprint as they are now, which training outdates.
+        It says nothing of product_dtype: candidates in either may read a cache made in the other, as they may a
+        quantised one.
 
         is_compiled: see CrossingLayer.  is_recomputed: in training, what a layer computes inside is not kept for the
         backward pass but computed again (Chen et al. 2016): less memory, one more forward pass.
         product_dtype: None, or float8_e4m3fn for inference: linear layers but the output projection are products of
-        8 bits, of a copy that is made of the weights here and now, where they are; no gradient flows. The error is
-        about four times bfloat16's.
+        8 bits, of a copy that is made of the weights here and now, where they are; no gradient flows. At 12 layers
+        of 768 channels the crossing pass takes a fifth less time than in bfloat16 and is off by 3.3 % in place of
+        .8 %: of a request's best 100 candidates 97.6 % stay (decision 26).
         Raises ConfigError.
         """
         super().__init__()

@@ -30,8 +30,8 @@ def widen(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Keys and values of bytes times their scales, each [E, h, d] in the dtype.
 
-    key, value: float8_e4m3fn or int8 [E, h, d], contiguous, d a power of 2, 8 or more.  key_scale, value_scale: f32 [R, h].
-    request: i64 [E].
+    key, value: float8_e4m3fn or int8 [E, h, d], contiguous, d a power of 2, 8 or more.
+    key_scale, value_scale: f32 [R, h].  request: i64 [E].
     """
     events, heads, channels = key.shape
     out = torch.empty(2, events, heads, channels, dtype=dtype, device=key.device)

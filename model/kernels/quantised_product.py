@@ -4,7 +4,7 @@ A row is a token of the activations, or an output channel of the weights. Since 
 alone, so does its result. Activations are rounded where they are made: by the norm before a product, or behind the
 product whose GELU they are. The latter's scale is known before it is computed, from a bound of its largest magnitude,
 so nothing is read twice; e4m3 has an exponent, and a scale larger than need be costs no precision until values fall
-below 2**-15 of the bound.
+below 2**-15 of the bound. Context, choice and what was measured: decision 26.
 
 Legend: T tokens, K channels summed over, N output channels, D channels of the residual stream, F channels of the
 feed-forward's hidden part, h heads, d channels of a head.
