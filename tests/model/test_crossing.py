@@ -158,7 +158,17 @@ def test_products_in_fp8_are_near(dtype: torch.dtype) -> None:
         assert one.dtype == dtype
         assert not one.requires_grad
         assert 1e-3 < (one - two).norm() / two.norm() < 0.05
-    assert quantised.version == exact.version
+
+
+def test_a_cache_made_with_either_products_is_read_with_either() -> None:
+    blocks = make_blocks(torch.float32)
+    exact, quantised = ContextPass(blocks), ContextPass(blocks, product_dtype=torch.float8_e4m3fn)
+    wanted, *found = (
+        reader.cross(draw(5, torch.float32, 2), offsets_of([3, 2]), make_cache(maker, [7, 12], torch.float32))
+        for maker, reader in ((exact, exact), (exact, quantised), (quantised, exact))
+    )
+    for one in found:
+        assert 1e-3 < (one - wanted).norm() / wanted.norm() < 0.05
 
 
 def test_a_candidate_in_fp8_alone_and_among_others() -> None:

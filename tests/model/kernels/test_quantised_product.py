@@ -157,8 +157,11 @@ def assert_rows_close(found: Rows, wanted: Rows) -> None:
     assert off(found.wide(), wanted.wide()) < 8e-3  # most numbers are the same
 
 
-def test_a_sum_and_its_norm() -> None:
-    hidden_TD, added_TD, bias_D, norm = draw(37, 96), draw(37, 96, seed=1), draw(96, seed=2), make_norm(96)
+@pytest.mark.parametrize(("tokens", "width"), [(37, 96), (3, 2304)])
+def test_a_sum_and_its_norm(tokens: int, width: int) -> None:
+    """Some rows to a warp, or a row to two of them."""
+    hidden_TD, added_TD, bias_D = draw(tokens, width), draw(tokens, width, seed=1), draw(width, seed=2)
+    norm = make_norm(width)
     exact_TD = hidden_TD.float() + added_TD.float() + bias_D.float()
     kernel = add_norm_rows_kernel(hidden_TD, added_TD, bias_D, norm.weight, norm.bias, norm.eps)
     for total_TD, (normed, length_T) in (kernel, add_norm_rows(hidden_TD.float(), added_TD, bias_D, norm)):
