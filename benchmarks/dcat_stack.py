@@ -5,12 +5,15 @@ python -m benchmarks.dcat_stack --device cpu --quick      # checks the logic on 
 
 Serving: 12 layers of width 768, histories of 992 events, 656 candidates of each of 8 requests, bfloat16.
 - ours: context pass and crossing pass; and the crossing pass alone over kept keys and values ("decode"), which may be
-  quantised to 1 byte a number: they become bfloat16 again, layer by layer, within the time measured.
+  quantised to 1 byte a number: they become bfloat16 again, layer by layer, within the time measured. "fp8 products":
+  linear layers but the output projection multiply 8 bits too.
 - each candidate with its own history through FlashAttention: on a slice of the candidates, scaled to all.
 - prefill: history and candidates of a request in one pass through scaled_dot_product_attention under a dense mask, the
-  history computed again for every request (what UniPinRec compares its decode with).
+  history computed again for every request (what UniPinRec compares its decode with, fp8 or not); once more with the
+  same fp8 products as ours.
 All arms are compiled, captured in CUDA graphs and timed in turn. Before that: ours against the dense stack in float64
 on a small case, and in bfloat16 at full size against a float32 run, where its error may be twice the rival's at most.
+What fp8 does to a ranking: candidates scored by fixed random heads, and how many of the best stay among the best.
 
 Training: 4 layers of width 256, histories of 512 events, 16 candidates each; forward, backward, optimiser. The rival
 gives every candidate its own history (causal FlashAttention over packed sequences). Same weights, data and seed: the
@@ -27,7 +30,7 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,11 +51,14 @@ from model.crossing import (
     rotary_angles,
 )
 from model.encoder import Block, Packing, packed_causal_attention
+from model.kernels.quantised_product import FP8, QuantisedBlock
 
 THEME = "dcat"
 STEPS = 200
 OWN_PART = 32
 """Candidates that the arm of repeated histories is timed on."""
+HEADS = 16
+"""Random heads that rankings are compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +105,13 @@ QUICK_TRAINING = Shape(2, 32, 2, 12, 4, 4)
 
 
 def dense_stack(
-    blocks: Sequence[Block], event_ED: torch.Tensor, candidate_TD: torch.Tensor, shape: Shape, *, is_compiled: bool
-) -> Step:
-    """The undivided stack, history and candidates of a request side by side under a dense mask: [T, D] on a call."""
+    blocks: Sequence[Block], event_ED: torch.Tensor, candidate_TD: torch.Tensor, shape: Shape, *, is_compiled: bool,
+    is_quantised: bool = False,
+) -> Step:  # fmt: skip
+    """The undivided stack, history and candidates of a request side by side under a dense mask: [T, D] on a call.
+
+    is_quantised: with fp8 products.
+    """
     device, length = event_ED.device, shape.history + shape.candidates
     place_L = torch.arange(length, device=device)
     is_history_L = place_L < shape.history
@@ -116,16 +126,25 @@ def dense_stack(
         time_us_T=torch.zeros(len(position_L), dtype=torch.int64, device=device),
     )  # fmt: skip
     before, behind = (compiled(project), compiled(finish)) if is_compiled else (project, finish)
+    ways = [QuantisedBlock.of(block) for block in blocks] if is_quantised else []
+
+    def attended(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        query, key, value = (x.unflatten(0, (shape.requests, length)).transpose(1, 2) for x in parts)
+        out_RhLd = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LL)
+        return out_RhLd.transpose(1, 2).flatten(0, 1)
 
     def step() -> torch.Tensor:
         both = (event_ED.unflatten(0, (shape.requests, -1)), candidate_TD.unflatten(0, (shape.requests, -1)))
         hidden_TD = torch.cat(both, 1).flatten(0, 1)
-        for block in blocks:
-            query, key, value = (
-                x.unflatten(0, (shape.requests, length)).transpose(1, 2) for x in before(block, hidden_TD, packing)
-            )
-            out_RhLd = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LL)
-            hidden_TD = behind(block, hidden_TD, out_RhLd.transpose(1, 2).flatten(0, 1))
+        normed = ways[0].begin(hidden_TD) if ways else None
+        for i, block in enumerate(blocks):
+            if normed is None:
+                hidden_TD = behind(block, hidden_TD, attended(before(block, hidden_TD, packing)))
+                continue
+            attended_TD = attended(ways[i].project(hidden_TD, normed, packing))
+            # The last block's sum is normed once too often: what the loop reads is never None.
+            following = blocks[min(i + 1, len(blocks) - 1)].attention_norm
+            hidden_TD, normed = ways[i].finish(hidden_TD, attended_TD, following)
         return hidden_TD.unflatten(0, (shape.requests, length))[:, shape.history :].flatten(0, 1)
 
     return step
@@ -220,6 +239,39 @@ def check_small() -> float:
     return worst
 
 
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Of two rankings of each request's candidates, by random heads."""
+
+    best_10: float
+    """Share of the best 10 of one that are among the best 10 of the other."""
+    best_100: float
+    rank_correlation: float
+    """Spearman's."""
+
+    def __str__(self) -> str:
+        return f"best 10 {self.best_10:.3f}, best 100 {self.best_100:.3f}, rank correlation {self.rank_correlation:.5f}"
+
+
+def agreement(found_TD: torch.Tensor, wanted_TD: torch.Tensor, shape: Shape) -> Agreement:
+    """Scores are dot products with random vectors, in float64; all is averaged over requests and heads."""
+    random = torch.Generator().manual_seed(4)
+    head_Dk = torch.randn(shape.width, HEADS, generator=random, dtype=torch.float64).to(found_TD.device)
+    found, wanted = (
+        (x.double() @ head_Dk).unflatten(0, (shape.requests, -1)).transpose(1, 2) for x in (found_TD, wanted_TD)
+    )
+
+    def share(best: int) -> float:
+        count = min(best, shape.candidates)
+        one, two = (torch.zeros_like(x).scatter_(-1, x.topk(count).indices, 1.0) for x in (found, wanted))
+        return float((one * two).sum(-1).mean() / count)
+
+    ranks = [x.argsort(-1).argsort(-1).double() for x in (found, wanted)]
+    one, two = (x - x.mean(-1, keepdim=True) for x in ranks)
+    correlation = (one * two).sum(-1) / (one.norm(dim=-1) * two.norm(dim=-1))
+    return Agreement(share(10), share(100), float(correlation.mean()))
+
+
 @torch.inference_mode()
 def serve(device: torch.device, shape: Shape, repeats: int) -> list[dict[str, Any]]:
     """Check, time in turn, and the entries to record."""
@@ -232,16 +284,38 @@ def serve(device: torch.device, shape: Shape, repeats: int) -> list[dict[str, An
     blocks = [copy.deepcopy(block).to(half) for block in exact_blocks]
     event_ED, candidate_TD = shape.draw(half, device)
     ours = Ours.prepare(ContextPass(blocks, is_compiled=is_compiled), event_ED, candidate_TD, shape)
+    ours_fp8 = Ours.prepare(
+        ContextPass(blocks, is_compiled=is_compiled, product_dtype=FP8), event_ED, candidate_TD, shape
+    )
     caches = {"bfloat16": ours.cache, "fp8": ours.cache.quantised(torch.float8_e4m3fn)}
     caches["int8"] = ours.cache.quantised(torch.int8)
     prefill = dense_stack(blocks, event_ED, candidate_TD, shape, is_compiled=is_compiled)
     part = replace(shape, requests=1, candidates=min(OWN_PART, shape.candidates))
     slices = event_ED[: shape.history], candidate_TD[: part.candidates]
     own = own_histories(blocks, *slices, part, own_packing(part, device), is_compiled=is_compiled)
-    steps: dict[str, Step] = {"context and crossing": ours.both, "prefill": prefill, "own histories": own}
+    prefill_fp8 = dense_stack(blocks, event_ED, candidate_TD, shape, is_compiled=is_compiled, is_quantised=True)
+    steps: dict[str, Step] = {
+        "context and crossing": ours.both, "context and crossing, fp8 products": ours_fp8.both,
+        "prefill": prefill, "prefill, fp8 products": prefill_fp8, "own histories": own,
+    }  # fmt: skip
     for name, cache in caches.items():
         steps[f"decode, {name}"] = lambda cache=cache: ours.decode(cache)  # type: ignore[misc]
-    errors = {name: off(step(), exact[: part.candidates] if step is own else exact) for name, step in steps.items()}
+        steps[f"decode, {name}, fp8 products"] = lambda cache=cache: ours_fp8.decode(cache)  # type: ignore[misc]
+    found = {name: step() for name, step in steps.items()}
+    errors = {name: off(x, exact[: len(x)]) for name, x in found.items()}
+    rankings = {
+        f"{name} and {other}": agreement(found[name], wanted, shape)
+        for name, other, wanted in (
+            ("decode, bfloat16", "float32", exact),
+            ("decode, fp8", "decode, bfloat16", found["decode, bfloat16"]),
+            ("decode, bfloat16, fp8 products", "decode, bfloat16", found["decode, bfloat16"]),
+            ("decode, fp8, fp8 products", "decode, bfloat16", found["decode, bfloat16"]),
+            ("decode, fp8, fp8 products", "float32", exact),
+        )
+    }
+    for name, one in rankings.items():
+        print(f"  {name}: {one}", flush=True)
+    del found
     for name in ("context and crossing", "decode, bfloat16"):
         assert errors[name] <= 2 * errors["prefill"] + 1e-5, f"{name} is off by {errors[name]:.1e}"
     factor = {"own histories": shape.requests * shape.candidates / part.candidates}
@@ -252,25 +326,33 @@ def serve(device: torch.device, shape: Shape, repeats: int) -> list[dict[str, An
     for name in steps:
         spread = (max(one[name] for one in rounds) - min(one[name] for one in rounds)) / ms[name]
         kept = f", {caches[name[8:]].num_bytes / 1e6:.0f} MB kept" if name[8:] in caches else ""
-        print(f"  {name:24} {ms[name]:10.3f} ms  off {errors[name]:.1e}  spread {spread:.1%}{kept}", flush=True)
+        print(f"  {name:34} {ms[name]:10.3f} ms  off {errors[name]:.1e}  spread {spread:.1%}{kept}", flush=True)
     note = (
         "; ".join(f"{name} {ms[name]:.3f} ms (off {errors[name]:.1e})" for name in steps)
         + f"; own histories: {part.candidates} candidates of one request timed, scaled to "
-        f"{shape.requests * shape.candidates}"
+        f"{shape.requests * shape.candidates}; rankings by {HEADS} random heads: "
+        + "; ".join(f"{name}: {one}" for name, one in rankings.items())
     )
 
-    def entry(measure: str, rival: str, mine: str, target: float | None) -> dict[str, Any]:
+    def entry(measure: str, rival: str, mine: str, target: float | None, remark: str = "") -> dict[str, Any]:
         return {
             "measure": f"dcat.stack.{measure}", "value": round(ms[rival] / ms[mine], 2), "unit": "x as fast",
-            "target": target, "rival": rival, "rival_value": 1, "note": note,
+            "target": target, "rival": rival, "rival_value": 1, "note": remark + note,
         }  # fmt: skip
 
+    against_fp8 = (
+        f"fp8 kept and fp8 products over the bfloat16 prefill; over a prefill with the same fp8 products "
+        f"{ms['prefill, fp8 products'] / ms['decode, fp8, fp8 products']:.2f} x; "
+    )
     return [
         entry("over_flash_self_attention", "own histories", "context and crossing", 7.0),
         entry("over_sdpa_prefill", "prefill", "decode, bfloat16", 3.0),
-        entry("fp8_over_sdpa_prefill", "prefill", "decode, fp8", 3.92),
-        entry("int8_over_sdpa_prefill", "prefill", "decode, int8", None),
+        entry("fp8_over_sdpa_prefill", "prefill", "decode, fp8, fp8 products", 3.92, against_fp8),
+        entry("fp8_over_fp8_prefill", "prefill, fp8 products", "decode, fp8, fp8 products", None),
+        entry("fp8_kept_over_sdpa_prefill", "prefill", "decode, fp8", None),
+        entry("int8_over_sdpa_prefill", "prefill", "decode, int8, fp8 products", None),
         entry("both_passes_over_sdpa_prefill", "prefill", "context and crossing", None),
+        entry("both_passes_fp8_over_sdpa_prefill", "prefill", "context and crossing, fp8 products", None),
     ]
 
 

@@ -8,8 +8,8 @@ head, L longest.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, cast
+from functools import cache, partial
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from model.encoder import ROTARY_BASE, Block, Packing, packed_causal_attention, 
 from model.errors import ConfigError, ShapeError, StateMismatch
 from model.kernels.crossing_attention import check_offsets, crossing_attention
 from model.kernels.packed_block import finish_products
+from model.kernels.quantised_product import FP8, QuantisedBlock
 
 QUANTISED_LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """Largest magnitude that each dtype of a quantised cache holds."""
@@ -99,13 +100,18 @@ class KeyValueCache:
         layers, scales = (tuple((key[i], value[i]) for key, value in pairs) for i in (0, 1))
         return replace(self, layers=layers, scales=scales, read_dtype=self.dtype)
 
-    def read(self, layer: int, convert: Callable[..., torch.Tensor] = dequantise) -> Pair:
-        """Keys and values of a layer as attention takes them. convert: dequantise or a compiled form of it."""
+    def read(self, layer: int) -> Pair:
+        """Keys and values of a layer as attention takes them."""
         if not self.scales:
             return self.layers[layer]
+        pair, scales = self.layers[layer], self.scales[layer]
+        assert self.read_dtype is not None
+        if pair[0].is_cuda:
+            from model.kernels.keys_and_values_triton import widen
+
+            return widen(*pair, *scales, self.request_E, self.read_dtype)
         key, value = (
-            convert(x, scale, self.request_E, self.read_dtype)
-            for x, scale in zip(self.layers[layer], self.scales[layer], strict=True)
+            dequantise(x, scale, self.request_E, self.read_dtype) for x, scale in zip(pair, scales, strict=True)
         )
         return key, value
 
@@ -148,50 +154,143 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
+class _Way(Protocol):
+    """How a block is computed around its attention. What its norm gives (`normed`, each way's own) comes from the block
+    before, which may make it along with its last sum."""
+
+    def begin(self, input_TD: torch.Tensor) -> Any:
+        """What the attention's norm makes of the first block's input."""
+
+    def project(self, input_TD: torch.Tensor, normed: Any, packing: Packing) -> tuple[torch.Tensor, ...]:
+        """As the function project."""
+
+    def project_keys_and_values(self, input_TD: torch.Tensor, normed: Any, packing: Packing) -> Pair:
+        """As the function project_keys_and_values."""
+
+    def finish(
+        self, input_TD: torch.Tensor, attended_Thd: torch.Tensor, following: nn.LayerNorm | None
+    ) -> tuple[torch.Tensor, Any]:
+        """As the function finish, and what the following block's norm makes of it."""
+
+
+class _PlainWay:
+    """Differentiable, anywhere."""
+
+    def __init__(self, block: Block, is_compiled: bool) -> None:
+        parts: tuple[Callable[..., Any], ...] = (project, project_keys_and_values, finish)
+        self._block = block
+        self._project, self._project_keys_and_values, self._finish = map(compiled, parts) if is_compiled else parts
+
+    def begin(self, input_TD: torch.Tensor) -> None:
+        return None
+
+    def project(self, input_TD: torch.Tensor, normed: None, packing: Packing) -> tuple[torch.Tensor, ...]:
+        return self._project(self._block, input_TD, packing)  # type: ignore[no-any-return]
+
+    def project_keys_and_values(self, input_TD: torch.Tensor, normed: None, packing: Packing) -> Pair:
+        return self._project_keys_and_values(self._block, input_TD, packing)  # type: ignore[no-any-return]
+
+    def finish(
+        self, input_TD: torch.Tensor, attended_Thd: torch.Tensor, following: nn.LayerNorm | None
+    ) -> tuple[torch.Tensor, None]:
+        return self._finish(self._block, input_TD, attended_Thd), None
+
+
+class _HalfWay:
+    """Half precision on CUDA, for inference: the library's products and kernels between them."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+
+    def begin(self, input_TD: torch.Tensor) -> torch.Tensor:
+        from model.kernels.packed_block_triton import add_norm_kernel
+
+        norm = self._block.attention_norm
+        return add_norm_kernel(input_TD, None, None, norm.weight, norm.bias, norm.eps)[1]
+
+    def project(self, input_TD: torch.Tensor, normed: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, ...]:
+        return self._rotated(normed, self._block.qkv.weight, self._block.qkv.bias, 3, packing)
+
+    def project_keys_and_values(self, input_TD: torch.Tensor, normed: torch.Tensor, packing: Packing) -> Pair:
+        width = input_TD.shape[1]
+        key, value = self._rotated(normed, self._block.qkv.weight[width:], self._block.qkv.bias[width:], 2, packing)
+        return key, value
+
+    def _rotated(
+        self, normed_TD: torch.Tensor, weight_ND: torch.Tensor, bias_N: torch.Tensor, parts: int, packing: Packing
+    ) -> tuple[torch.Tensor, ...]:
+        """All parts but the last turned, each [T, h, d]."""
+        from model.kernels.keys_and_values_triton import rotate_in_place
+
+        heads = self._block.num_heads
+        out_TN = F.linear(normed_TD, weight_ND, bias_N)
+        rotate_in_place(out_TN, (parts - 1) * heads, packing.cos_Td, packing.sin_Td)
+        return out_TN.view(len(out_TN), parts, heads, 2 * packing.cos_Td.shape[-1]).unbind(1)
+
+    def finish(
+        self, input_TD: torch.Tensor, attended_Thd: torch.Tensor, following: nn.LayerNorm | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return finish_products(self._block, input_TD, attended_Thd.flatten(1), following)
+
+
 class CrossingLayer(nn.Module):
     """One pre-norm Transformer block whose weights serve both passes."""
 
-    def __init__(self, block: Block, *, is_compiled: bool = False) -> None:
+    def __init__(self, block: Block, *, is_compiled: bool = False, product_dtype: torch.dtype | None = None) -> None:
         """is_compiled: norms, rotations, activations and residuals are fused (torch.compile), which takes a while at
-        the first sizes they meet; what lies behind attention is kernels of ours in half-precision inference."""
+        the first sizes they meet; in half-precision inference on CUDA they are kernels of ours.
+        product_dtype: see ContextPass."""
         super().__init__()
         if block.bias is not None:
             raise ConfigError("crossing needs blocks without a relative bias: their positions are rotary")
+        if product_dtype not in (None, FP8):
+            raise ConfigError(f"products may be in the weights' dtype (None) or in {FP8}, got {product_dtype}")
         self.block, self.is_compiled = block, is_compiled
-        parts: tuple[Callable[..., Any], ...] = (project, project_keys_and_values, finish)
-        self._project, self._project_keys_and_values, self._finish = map(compiled, parts) if is_compiled else parts
+        self._plain, self._half = _PlainWay(block, is_compiled), _HalfWay(block)
+        self._quantised = None if product_dtype is None else QuantisedBlock.of(block)
 
-    def read(self, event_ED: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, Pair]:
-        """The context pass of this layer: the events after the block, and keys and values."""
-        query, key, value = self._project(self.block, event_ED, packing)
+    def way(self, input_TD: torch.Tensor) -> _Way:
+        """How the block is computed for such an input."""
+        if self._quantised is not None:
+            return self._quantised
+        is_kernel = self.is_compiled and input_TD.is_cuda and not torch.is_grad_enabled()
+        return self._half if is_kernel and is_half(self.block, input_TD) else self._plain
+
+    def read(
+        self, event_ED: torch.Tensor, normed: Any, packing: Packing, following: nn.LayerNorm | None
+    ) -> tuple[torch.Tensor, Any, Pair]:
+        """The context pass of this layer: the events after the block, their following norm, and keys and values."""
+        way = self.way(event_ED)
+        query, key, value = way.project(event_ED, normed, packing)
         attended_Ehd = packed_causal_attention(query, key, value, packing)
-        return self._behind_attention(event_ED, attended_Ehd), (key, value)
+        return *way.finish(event_ED, attended_Ehd, following), (key, value)
 
-    def read_keys_and_values(self, event_ED: torch.Tensor, packing: Packing) -> Pair:
+    def read_keys_and_values(self, event_ED: torch.Tensor, normed: Any, packing: Packing) -> Pair:
         """Keys and values alone: all that candidates need of the last layer."""
-        return cast(Pair, self._project_keys_and_values(self.block, event_ED, packing))
+        return self.way(event_ED).project_keys_and_values(event_ED, normed, packing)
 
     def forward(
         self,
         candidate_TD: torch.Tensor,
+        normed: Any,
         packing: Packing,
-        keys_and_values: Pair,
+        read: Callable[[], Pair],
         history_offsets: torch.Tensor,
         tokens: int,
         longest_history: int,
-    ) -> torch.Tensor:
-        """The crossing pass of this layer: the candidates' tokens after the block, [T, D]."""
-        query, key, value = self._project(self.block, candidate_TD, packing)
+        following: nn.LayerNorm | None,
+    ) -> tuple[torch.Tensor, Any]:
+        """The crossing pass of this layer: the candidates' tokens after the block, [T, D], and their following norm.
+
+        read: gives the histories' keys and values.
+        """
+        way = self.way(candidate_TD)
+        query, key, value = way.project(candidate_TD, normed, packing)
         attended_Thd = crossing_attention(
-            query, key, value, *keys_and_values, packing.offsets, history_offsets,
+            query, key, value, *read(), packing.offsets, history_offsets,
             tokens=tokens, longest_history=longest_history,
         )  # fmt: skip
-        return self._behind_attention(candidate_TD, attended_Thd)
-
-    def _behind_attention(self, input_TD: torch.Tensor, attended_Thd: torch.Tensor) -> torch.Tensor:
-        if self.is_compiled and input_TD.is_cuda and not torch.is_grad_enabled() and is_half(self.block, input_TD):
-            return finish_products(self.block, input_TD, attended_Thd.flatten(1))
-        return cast(torch.Tensor, self._finish(self.block, input_TD, attended_Thd))
+        return way.finish(candidate_TD, attended_Thd, following)
 
 
 class ContextPass(nn.Module):
@@ -208,20 +307,28 @@ class ContextPass(nn.Module):
         *,
         is_compiled: bool = False,
         is_recomputed: bool = False,
+        product_dtype: torch.dtype | None = None,
     ) -> None:
         """version: names all that these weights are; None: their fingerprint as they are now, which training outdates.
+        It says nothing of product_dtype: candidates in either may read a cache made in the other, as they may a
+        quantised one.
 
         is_compiled: see CrossingLayer.  is_recomputed: in training, what a layer computes inside is not kept for the
         backward pass but computed again (Chen et al. 2016): less memory, one more forward pass.
+        product_dtype: None, or float8_e4m3fn for inference: linear layers but the output projection are products of
+        8 bits, of a copy that is made of the weights here and now, where they are; no gradient flows. At 12 layers
+        of 768 channels the crossing pass takes a fifth less time than in bfloat16 and is off by 3.3 % in place of
+        .8 %: of a request's best 100 candidates 97.6 % stay (decision 26).
         Raises ConfigError.
         """
         super().__init__()
         if not blocks:
             raise ConfigError("crossing needs at least 1 block, got 0")
-        self.layers = nn.ModuleList(CrossingLayer(block, is_compiled=is_compiled) for block in blocks)
+        self.layers = nn.ModuleList(
+            CrossingLayer(block, is_compiled=is_compiled, product_dtype=product_dtype) for block in blocks
+        )
         self.version = fingerprint(self) if version is None else version
-        self.is_recomputed = is_recomputed
-        self._dequantise = compiled(dequantise) if is_compiled else dequantise
+        self.is_recomputed, self.product_dtype = is_recomputed, product_dtype
 
     def forward(
         self, event_ED: torch.Tensor, offsets: torch.Tensor, time_us_E: torch.Tensor, *, is_hidden_wanted: bool = False
@@ -239,13 +346,14 @@ class ContextPass(nn.Module):
     ) -> tuple[tuple[Pair, ...], torch.Tensor | None]:
         """As forward, of events whose places are known: the layers of a cache."""
         kept = []
-        layers = self._layers()
-        for layer in layers if is_hidden_wanted else layers[:-1]:
-            event_ED, keys_and_values = self._step(layer.read, event_ED, packing)
+        normed = self._begin(event_ED)
+        steps = self._steps()
+        for layer, following in steps if is_hidden_wanted else steps[:-1]:
+            event_ED, normed, keys_and_values = self._step(layer.read, event_ED, normed, packing, following)
             kept.append(keys_and_values)
         if is_hidden_wanted:
             return tuple(kept), event_ED
-        return (*kept, self._step(layers[-1].read_keys_and_values, event_ED, packing)), None
+        return (*kept, self._step(steps[-1][0].read_keys_and_values, event_ED, normed, packing)), None
 
     def cross(
         self, candidate_TD: torch.Tensor, candidate_offsets: torch.Tensor, cache: KeyValueCache, *, tokens: int = 1
@@ -268,14 +376,26 @@ class ContextPass(nn.Module):
     ) -> torch.Tensor:
         """As cross, of candidates whose places are known and a cache that is known to fit."""
         longest = cache.longest
-        for i, layer in enumerate(self._layers()):
-            keys_and_values = cache.read(i, self._dequantise)
-            candidate_TD = self._step(
-                layer, candidate_TD, packing, keys_and_values, cache.device_offsets, tokens, longest
-            )
+        normed = self._begin(candidate_TD)
+        for i, (layer, following) in enumerate(self._steps()):
+            candidate_TD, normed = self._step(
+                layer, candidate_TD, normed, packing, partial(cache.read, i), cache.device_offsets, tokens, longest,
+                following,
+            )  # fmt: skip
         return candidate_TD
 
+    def _begin(self, input_TD: torch.Tensor) -> Any:
+        return self._step(self._layers()[0].way(input_TD).begin, input_TD)
+
+    def _steps(self) -> list[tuple[CrossingLayer, nn.LayerNorm | None]]:
+        """The layers, each with the norm that follows it."""
+        layers = self._layers()
+        return list(zip(layers, [*(layer.block.attention_norm for layer in layers[1:]), None], strict=True))
+
     def _step(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self.product_dtype is not None:
+            with torch.no_grad():
+                return function(*arguments)
         if self.is_recomputed and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)

@@ -112,10 +112,12 @@ def between(
     return between_products(*arguments)
 
 
-def finish_products(block: Block, input_TD: torch.Tensor, attended_TD: torch.Tensor) -> torch.Tensor:
+def finish_products(
+    block: Block, input_TD: torch.Tensor, attended_TD: torch.Tensor, following: torch.nn.LayerNorm | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The block behind its attention, [T, D], on CUDA in half precision, without dropout: the library's products with
     GELU (by the hyperbolic tangent, within 5e-4 of the exact one) in the first of the feed-forward's, and a kernel for
-    what lies between them. No gradient flows."""
+    what lies between them; and what the following block's norm makes of it (None: the same). No gradient flows."""
     from model.kernels.packed_block_triton import add_norm_kernel
 
     norm = block.ffn_norm
@@ -124,7 +126,8 @@ def finish_products(block: Block, input_TD: torch.Tensor, attended_TD: torch.Ten
     )
     fed_TF = torch._addmm_activation(block.ffn_in.bias, normed_TD, block.ffn_in.weight.t(), use_gelu=True)
     fed_TD = F.linear(fed_TF, block.ffn_out.weight)
-    return add_norm_kernel(hidden_TD, fed_TD, block.ffn_out.bias, None, None, 0.0)[0]
+    after = (None, None, 0.0) if following is None else (following.weight, following.bias, following.eps)
+    return add_norm_kernel(hidden_TD, fed_TD, block.ffn_out.bias, *after)
 
 
 def between_reference(

@@ -87,14 +87,19 @@ def add_norm_kernel(
     event = event.contiguous()
     total = event if added is None else torch.empty_like(event)
     normed = total if norm is None else torch.empty_like(event)
-    block = triton.next_power_of_2(width)
-    rows = max(1, 4096 // block)
+    tile = norm_tile(width)
     if tokens:
-        _add_norm_kernel[(triton.cdiv(tokens, rows),)](
+        _add_norm_kernel[(triton.cdiv(tokens, tile["ROWS"]),)](
             event, event if added is None else added, bias, norm, norm_bias, total, normed, tokens, epsilon,
-            D=width, ROWS=rows, BLOCK=block, HAS_ADDED=added is not None, HAS_NORM=norm is not None, num_warps=4,
+            D=width, HAS_ADDED=added is not None, HAS_NORM=norm is not None, **tile,
         )  # fmt: skip
     return total, normed
+
+
+def norm_tile(width: int) -> dict[str, int]:
+    """What a program of a norm takes: whole rows to a warp, so that no sum of a row waits for another warp."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "ROWS": max(1, 2048 // block), "num_warps": max(1, block // 2048)}
 
 
 def rotate_kernel(

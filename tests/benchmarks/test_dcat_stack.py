@@ -26,6 +26,6 @@ def test_examples_are_told_by_the_kinds_of_their_history() -> None:
 def test_all_of_it_on_tiny_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu", "--quick"]) == 0
     out = capsys.readouterr().out
-    for measure in ("over_flash_self_attention", "over_sdpa_prefill", "fp8_over_sdpa_prefill"):
+    for measure in ("over_flash_self_attention", "over_sdpa_prefill", "fp8_over_sdpa_prefill", "fp8_over_fp8_prefill"):
         assert f"dcat.stack.{measure} " in out
     assert "dcat.train_step.over_naive " in out

@@ -95,7 +95,11 @@ def test_a_block_behind_its_attention_by_products() -> None:
     block = make_blocks(96, 3)[0]
     event_TD, attended_TD = draw(45, 96), draw(45, 96, seed=1)
     exact_TD = finish(block, event_TD.double(), attended_TD.double())
-    assert_close(finish_products(block.bfloat16(), event_TD, attended_TD), exact_TD, 4e-2)
+    following = torch.nn.LayerNorm(96).to(event_TD)
+    normed_TD = torch.nn.functional.layer_norm(exact_TD, (96,))
+    found_TD, found_normed_TD = finish_products(block.bfloat16(), event_TD, attended_TD, following)
+    assert_close(found_TD, exact_TD, 4e-2)
+    assert_close(found_normed_TD, normed_TD, 4e-2)
 
 
 def test_add_and_norm() -> None:
