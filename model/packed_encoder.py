@@ -19,7 +19,7 @@ from model.crossing import rotary_angles
 from model.encoder import Block, Encoder
 from model.errors import ConfigError, ShapeError
 from model.features import EventFeatures
-from model.kernels.causal_attention import KERNEL_HEAD_DIMS, causal_attention
+from model.kernels.causal_attention import KERNEL_HEAD_DIMS, causal_attention, plan_causal
 from model.kernels.packed_block import Head, Tail, between
 
 BATCH_TOKENS = 32_768
@@ -137,11 +137,12 @@ class PackedEncoder:
     def run(self, event_TD: torch.Tensor, position_T: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Embedded events through the blocks: bf16 [T, D]. position_T: i64.  offsets: i32 [U + 1], on the device."""
         angles = position_T, self._cos_Ld, self._sin_Ld
+        plan = plan_causal(offsets, len(event_TD), self.limit, 2 * self._cos_Ld.shape[1])
         event_TD, projected = between(event_TD, None, None, self._heads[0], *angles)
         for tail, head in zip(self._tails, [*self._heads[1:], None], strict=True):
             assert projected is not None
             query_Thd, key_Thd, value_Thd = projected.unbind(1)
-            attended_Thd = causal_attention(query_Thd, key_Thd, value_Thd, offsets, self.limit)
+            attended_Thd = causal_attention(query_Thd, key_Thd, value_Thd, offsets, self.limit, plan)
             event_TD, projected = between(event_TD, attended_Thd.flatten(1), tail, head, *angles)
         return event_TD
 
