@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from model.retrieval.streams import lent
 
 if TYPE_CHECKING:
     from model.retrieval.fused import FusedSearches
+    from model.retrieval.movers import RowMover
 
 GROWTH = 1.5
 WAIT_S = 5.0
@@ -44,10 +46,6 @@ LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Dtypes of embeddings that are kept with a scale a row, and what a row's largest value becomes."""
 LEAST_SCALE = 1e-30
 _CODED, _CODED_FROM = ("code", "scalar", "scale"), "feature"
-MOST_STAGED_BYTES = 2**25
-"""Of an update that goes to the device as one block of page-locked memory, which PyTorch keeps; a larger one goes
-column by column from where it lies."""
-ALIGNMENT = 16
 
 
 class ItemTable(nn.Module):
@@ -101,6 +99,8 @@ class ItemTable(nn.Module):
         room("budget_N", None, 0, torch.float32)
         room("eligible_N", None, False, torch.bool)
         room("is_there_N", None, False, torch.bool)
+        self.buffer_of = dict(self.named_buffers())
+        """By name; to look one up in a module is slow, and updates do it much."""
 
     @property
     def capacity(self) -> int:
@@ -141,12 +141,19 @@ class ItemTable(nn.Module):
 
     def write(self, row_R: torch.Tensor, columns: dict[str, torch.Tensor]) -> None:
         """Write rows of some columns, named without their axes; all on the table's device. row_R: i64, each once."""
+        for name, value in self.stored(columns).items():
+            self.buffer_of[name].index_copy_(0, row_R, value)
+
+    def stored(self, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Columns, named without their axes, as the buffers keep them, by the buffers' names; where they are."""
         if self.dtype in LARGEST_CODE and "feature" in columns:
             columns = columns | self._coded(columns["feature"].float())
-        for name, buffer in self.named_buffers():
-            value = columns.get(name.rpartition("_")[0])
-            if value is not None:
-                buffer.index_copy_(0, row_R, value.to(buffer.dtype))
+        there = {name: columns.get(name.rpartition("_")[0]) for name in self.buffer_of}
+        # Only what needs a cast is asked for one: another thread may come in at every call into PyTorch.
+        return {
+            name: value if value.dtype == self.buffer_of[name].dtype else value.to(self.buffer_of[name].dtype)
+            for name, value in there.items() if value is not None
+        }  # fmt: skip
 
     def _coded(self, feature_RF: torch.Tensor) -> dict[str, torch.Tensor]:
         width = self.layout.embedding_dim
@@ -162,11 +169,13 @@ class ItemTable(nn.Module):
 
         row_R: i64, on the tables' device.
         """
-        for name, buffer in self.named_buffers():
-            column = name.rpartition("_")[0]
-            if (_CODED_FROM if column in _CODED else column) not in columns:
-                continue
-            buffer.index_copy_(0, row_R, source.get_buffer(name)[row_R])
+        for name in self.changed_with(columns):
+            self.buffer_of[name].index_copy_(0, row_R, source.buffer_of[name][row_R])
+
+    def changed_with(self, columns: Set[str]) -> list[str]:
+        """The buffers that a write of these columns, named as for `write`, sets."""
+        column_of = {name: name.rpartition("_")[0] for name in self.buffer_of}
+        return [name for name, column in column_of.items() if (_CODED_FROM if column in _CODED else column) in columns]
 
     def grown(self, capacity: int) -> "ItemTable":
         """A table of more room with the same rows."""
@@ -175,37 +184,6 @@ class ItemTable(nn.Module):
             table.get_buffer(name)[: self.capacity].copy_(buffer)
         table.count = self.count
         return table
-
-
-def packed(values: dict[str, torch.Tensor], is_pinned: bool) -> torch.Tensor:
-    """The tensors, on the CPU, side by side: u8, in page-locked memory or not."""
-    size = sum(_aligned(value.nbytes) for value in values.values())
-    block = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
-    for name, part in unpacked(block, values).items():
-        part.copy_(values[name])
-    return block
-
-
-def unpacked(block: torch.Tensor, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Views of what `packed` made of such tensors, wherever the block is."""
-    parts, start = {}, 0
-    for name, value in values.items():
-        parts[name] = block[start : start + value.nbytes].view(value.dtype).view(value.shape)
-        start += _aligned(value.nbytes)
-    return parts
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def sent(values: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Tensors of the CPU on a device, by one copy where they are few; ready on the current stream."""
-    if device.type == "cpu":
-        return values
-    if sum(value.nbytes for value in values.values()) > MOST_STAGED_BYTES:
-        return {name: value.to(device) for name, value in values.items()}
-    return unpacked(packed(values, is_pinned=True).to(device, non_blocking=True), values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +298,15 @@ class Applied:
     revision: int
 
 
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """Rows of some columns, named without their axes, that are to be taken over from another table."""
+
+    row_R: NDArray[np.int64]
+    """Each once."""
+    columns: Set[str]
+
+
 @dataclass(eq=False, slots=True)
 class _Side:
     """One of the two tables."""
@@ -327,9 +314,8 @@ class _Side:
     table: ItemTable
     revision: int = 0
     readers: int = 0
-    behind_R: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    """Rows that the other side has newer, of the columns `behind`."""
-    behind: Set[str] = frozenset()
+    behind: list[Behind] = field(default_factory=list)
+    """What the other side has newer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,9 +358,12 @@ class LiveIndex:
         self._searches = fused_searches(self.retrieval) if (is_cuda if fused is None else fused) else None
         self._row_of: dict[Any, int] = {}
         self._ids: list[Any] = []
-        self._is_there = bytearray()
-        """By row: is_there_N after the last update, for updates; so that none waits for the device to tell."""
+        self._is_there_N = np.zeros(room, np.bool_)
+        """is_there_N after the last update, for updates, so that none waits for the device to tell; and room to grow."""
+        self._mover: RowMover | None = None  # the first rows go in column by column
         self.upsert(rows)
+        if self._searches is not None:
+            self._mover = row_mover(self.device)
 
     def __len__(self) -> int:
         """Items there are."""
@@ -487,80 +476,90 @@ class LiveIndex:
             "is_there": torch.ones(len(rows), dtype=torch.bool),
         }  # fmt: skip
         with self._writing:
-            known = len(self._ids)
-            new = [item for item in rows.item_ids if item not in self._row_of]
+            row_R = self._rows(rows.item_ids)
+            known, new_R = len(self._ids), (row_R == NONE).nonzero()[0]
+            new = [rows.item_ids[at] for at in new_R.tolist()]
+            row_R[new_R] = np.arange(known, known + len(new))
             # A request finds a new item's row only in tables that have it: `rows_of` is asked with the table's count.
             self._ids += new
-            self._row_of.update((item, known + place) for place, item in enumerate(new))
-            places = [self._row_of[item] for item in rows.item_ids]
+            self._row_of.update(zip(new, range(known, known + len(new)), strict=True))
             try:
-                self._write(places, columns, len(self._ids))
+                self._write(row_R, columns, len(self._ids))
             except BaseException:
                 for item in new:
                     del self._row_of[item]
                 del self._ids[known:]
                 raise
-            self._is_there.extend(bytes(len(new)))
-            for place in places:
-                self._is_there[place] = True
-            return Applied(len(places), 0, self.revision)
+            if len(self._ids) > len(self._is_there_N):
+                more = int(len(self._ids) * GROWTH) - len(self._is_there_N)
+                self._is_there_N = np.concatenate([self._is_there_N, np.zeros(more, np.bool_)])
+            self._is_there_N[row_R] = True
+            return Applied(len(row_R), 0, self.revision)
 
     def delete(self, embedding_version: str, item_ids: Sequence[ItemId]) -> Applied:
         """Take items away. Raises IndexMismatch, DataError for an id named twice, IndexBusy."""
         check_version("a deletion", embedding_version, self.embedding_version)
         check_ids(item_ids)
         with self._writing:
-            places = self._places(item_ids)
-            gone = torch.zeros(len(places), dtype=torch.bool)
-            self._write(places, {"eligible": gone, "is_there": gone}, len(self._ids))
-            for place in places:
-                self._is_there[place] = False
-            return Applied(len(places), len(item_ids) - len(places), self.revision)
+            row_R = self._rows(item_ids)
+            row_R = row_R[self._are_there(row_R)]
+            gone = torch.zeros(len(row_R), dtype=torch.bool)
+            self._write(row_R, {"eligible": gone, "is_there": gone}, len(self._ids))
+            self._is_there_N[row_R] = False
+            return Applied(len(row_R), len(item_ids) - len(row_R), self.revision)
 
     def change(self, deltas: Deltas) -> Applied:
         """Set bids, budgets or eligibility; items that are not there, or deleted, stay so. Raises IndexMismatch."""
         check_version("a delta", deltas.embedding_version, self.embedding_version)
         with self._writing:
-            places = self._places(deltas.item_ids)
-            there = {self._ids[row] for row in places}
-            there_R = torch.tensor([item in there for item in deltas.item_ids], dtype=torch.bool)
-            columns = {name: torch.as_tensor(value)[there_R] for name, value in deltas.columns().items()}
-            self._write(places, columns, len(self._ids))
-            return Applied(len(places), len(there_R) - len(places), self.revision)
+            row_R, columns = self._rows(deltas.item_ids), deltas.columns()
+            are_there_R = self._are_there(row_R)
+            if not are_there_R.all():
+                row_R = row_R[are_there_R]
+                columns = {name: value[torch.from_numpy(are_there_R)] for name, value in columns.items()}
+            self._write(row_R, columns, len(self._ids))
+            return Applied(len(row_R), len(are_there_R) - len(row_R), self.revision)
 
-    def _places(self, item_ids: Sequence[ItemId]) -> list[int]:
-        """Rows of those items that are there, in their order."""
-        return [row for row in self.rows_of(item_ids, len(self._ids)) if self._is_there[row]]
+    def _rows(self, item_ids: Sequence[ItemId]) -> NDArray[np.int64]:
+        """[R], the items' rows, -1 where one never had any."""
+        return np.fromiter(map(self._row_of.get, item_ids, repeat(NONE)), np.int64, len(item_ids))
+
+    def _are_there(self, row_R: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the rows hold an item, and not a deleted one."""
+        are_there_R: NDArray[np.bool_] = self._is_there_N[row_R]
+        are_there_R[row_R == NONE] = False
+        return are_there_R
 
     @torch.no_grad()
-    def _write(self, places: list[int], columns: dict[str, torch.Tensor], count: int) -> None:
+    def _write(self, row_R: NDArray[np.int64], columns: dict[str, torch.Tensor], count: int) -> None:
         """Write rows of some columns into the idle side, then swap the sides; all of it or, on an error, nothing."""
-        row_R = torch.tensor(places, dtype=torch.int64)
         with self._moved:
             idle, reading = self._idle, self._reading
             if not self._moved.wait_for(lambda: not idle.readers, WAIT_S):
                 raise IndexBusy(
                     f"{idle.readers} requests still read, after {WAIT_S:g} s, the table this update is to be written to"
                 )
-        behind_R, behind = idle.behind_R, idle.behind
-        # Until the swap: should the write fail, the next one copies these rows back.
-        idle.behind_R = torch.cat([behind_R, row_R]).unique()  # type: ignore[no-untyped-call]
-        idle.behind = behind | columns.keys()
-        behind_R = behind_R[behind_R < reading.table.capacity]
+        behind = [replace(part, row_R=part.row_R[part.row_R < reading.table.capacity]) for part in idle.behind]
+        written = Behind(row_R, frozenset(columns))
+        idle.behind = [*behind, written]  # until the swap: should the write fail, the next one copies these rows back
+        outgrown = idle.table if count > idle.table.capacity else None
         with lent(self.device) as stream, torch.cuda.stream(stream):
-            there = sent({"row": row_R, "behind": behind_R, **columns}, self.device)
-            row_there_R, behind_there_R = there.pop("row"), there.pop("behind")
-            outgrown = idle.table if count > idle.table.capacity else None
             if outgrown is not None:
                 idle.table = reading.table.grown(max(count, int(reading.table.capacity * GROWTH)))
-            elif len(behind_R):
-                idle.table.copy_rows(reading.table, behind_there_R, behind)
-            idle.table.write(row_there_R, there)
+                behind = []
+            mover, taken = self._mover, sum(len(part.row_R) for part in behind)
+            if mover is not None and mover.takes(idle.table, len(row_R), taken):
+                mover.write(idle.table, row_R, columns, reading.table, behind)
+            else:
+                for part in behind:
+                    part_R = torch.from_numpy(part.row_R).to(self.device)
+                    idle.table.copy_rows(reading.table, part_R, part.columns)
+                there = {name: value.to(self.device) for name, value in columns.items()}
+                idle.table.write(torch.from_numpy(row_R).to(self.device), there)
             idle.table.count = count
         if self._searches is not None and outgrown is not None:
             self._searches.move(outgrown, idle.table)
-        idle.behind_R, idle.behind = torch.zeros(0, dtype=torch.int64), frozenset()
-        reading.behind_R, reading.behind = row_R, frozenset(columns)
+        idle.behind, reading.behind = [], [written]
         idle.revision = reading.revision + 1
         with self._moved:
             self._reading, self._idle = idle, reading
@@ -587,6 +586,13 @@ def fused_searches(retrieval: Retrieval) -> "FusedSearches | None":
     except ImportError:
         return None
     return FusedSearches(retrieval)
+
+
+def row_mover(device: torch.device) -> "RowMover":
+    """What writes updates by a kernel; needs Triton."""
+    from model.retrieval.movers import RowMover
+
+    return RowMover(device)
 
 
 class IndexHolder:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.index import torn_reads
 from model.errors import DataError, IndexBusy, IndexMismatch, ShapeError
@@ -146,23 +147,6 @@ def test_a_pinned_table_does_not_change_and_an_update_waits_for_it(monkeypatch: 
     assert best(index) == [11, 10, 12]
 
 
-def test_columns_of_an_update_side_by_side_are_the_same_again() -> None:
-    """Of every dtype that updates have, odd sizes, views with strides, and none."""
-    values = {
-        "row": torch.tensor([3, 1, 2]), "gone": torch.tensor([True, False, True]),
-        "feature": torch.arange(12.0).view(3, 4)[:, 1:], "mask": torch.tensor([[-(2**63), 5]] * 3),
-        "attribute": torch.zeros(3, 0), "behind": torch.zeros(0, dtype=torch.int64),
-    }  # fmt: skip
-    block = index_module.packed(values, is_pinned=False)
-    found = index_module.unpacked(block, values)
-    assert found.keys() == values.keys()
-    for name, value in values.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value)
-    block.zero_()
-    assert not any(value.any() for value in found.values()), "views, not copies"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_updates_of_other_columns_one_after_the_other_are_all_kept(dtype: torch.dtype) -> None:
     """After each, both tables hold what an index has that never had the other table to catch up with."""
@@ -242,11 +226,11 @@ def test_no_read_is_torn() -> None:
 class InPlace(LiveIndex):
     """Writes into the table that requests read."""
 
-    def _write(self, places: list[int], columns: dict[str, torch.Tensor], count: int) -> None:
+    def _write(self, row_R: NDArray[np.int64], columns: dict[str, torch.Tensor], count: int) -> None:
         if self._reading.table.capacity < 8 * 24:
             self._reading.table = self._reading.table.grown(8 * 24)
         self._reading.table.count = count
-        self._reading.table.write(torch.tensor(places, dtype=torch.int64), columns)
+        self._reading.table.write(torch.from_numpy(row_R), columns)
         self._reading.revision += 1
 
 
