@@ -359,7 +359,7 @@ class LiveIndex:
         self._row_of: dict[Any, int] = {}
         self._ids: list[Any] = []
         self._is_there_N = np.zeros(room, np.bool_)
-        """is_there_N after the last update, for updates, so that none waits for the device to tell; and room to grow."""
+        """is_there_N after the last update, so that none waits for the device to tell; and room to grow."""
         self._mover: RowMover | None = None  # the first rows go in column by column
         self.upsert(rows)
         if self._searches is not None:
