@@ -104,6 +104,8 @@ def test_an_update_that_fails_halfway_leaves_no_trace(monkeypatch: pytest.Monkey
     """The kernel has written bids when it breaks off; the next two updates, one a table, put them right."""
     rows = make_rows(np.random.default_rng(5), 20)
     by_column, by_kernel = (LiveIndex(rows, DotScorer(), device=DEVICE, fused=fused) for fused in (False, True))
+    for index in (by_column, by_kernel):
+        index.change(Deltas(VERSION, rows.item_ids[:1], bid_R=torch.ones(1)))  # both tables have the first rows now
     whole = RowMover.write
 
     def half(self: RowMover, table: ItemTable, *rest: object) -> None:
