@@ -119,7 +119,8 @@ class FusedSearch:
                 "length": (torch.int32, (requests,)), "is_exact": (torch.int32, (requests,)),
             }, device,
         )  # fmt: skip
-        self.work = slate.Work.empty(requests, table.capacity, pool_of(plan), device)
+        is_chained = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        self.work = slate.Work.empty(requests, table.capacity, pool_of(plan), device, is_chained)
         self.run = 0
         self.weights = interaction_weights(retrieval.scorer, table)
         self.score_BTN = torch.empty(requests, shape.tasks, table.capacity, device=device)
@@ -127,6 +128,7 @@ class FusedSearch:
         if self.weights is not None:
             self._check_tasks(len(self.weights.out_bias_T))
             self.folded = Folded.empty(requests, self.weights, layout.embedding_dim, table.capacity)
+            self.is_hopper = hopper is not None and hopper.fits(table.items(), self.weights)
         elif self.is_dot:
             self._check_tasks(1)
         there = self.asked.there
@@ -139,57 +141,41 @@ class FusedSearch:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # which fills the memory; runs are on other streams
 
-    def launch(self, side: torch.cuda.Stream | None = None) -> None:
-        """All kernels of a run, on the current stream. side: another one, for what may run beside the scores."""
-        self.launch_scores_beside_filters(side)
+    def launch(self) -> None:
+        """All kernels of a run, on the current stream."""
+        slate.ready(self.rules, self.work)
+        self.launch_scores()
         self.launch_selection()
 
-    def launch_scores_beside_filters(self, side: torch.cuda.Stream | None) -> None:
-        """Scores, and beside them what needs none: clearing of counts, excluded rows, filters."""
-        if side is None:
-            self.launch_filters()
-            self.launch_scores()
-            return
-        main = torch.cuda.current_stream(self.table.device)
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            self.launch_filters()
-        self.launch_scores()
-        main.wait_stream(side)
-
-    def launch_filters(self) -> None:
-        """What each request is allowed of the items."""
-        slate.begin(self.rules, self.work)
-        slate.allow(self.rules, self.work)
-
     def launch_scores(self) -> None:
-        """score_BTN of the batch's users."""
+        """score_BTN of the batch's users, and the keys they make."""
         user_BE, count = self.asked.there["user"], self.asked.there["head"]
         if self.weights is not None:
-            items = self.table.items()
-            fold(user_BE, self.weights, self.folded, vector_of(items.embedding_NE))
+            items, chained = self.table.items(), self.is_hopper and self.folded.dot_B1N is None and self.work.is_chained
+            fold(user_BE, self.weights, self.folded, vector_of(items.embedding_NE), is_chained=chained)
             if self.folded.dot_B1N is not None:
                 dot_scores(user_BE, items, self.folded.dot_B1N, count)
-            if hopper is not None and hopper.fits(items, self.weights):
-                hopper.score(self.folded, items, self.weights, self.score_BTN, count)
-            else:
-                score(self.folded, items, self.weights, self.score_BTN, count)
+            if self.is_hopper:
+                hopper.score(self.folded, items, self.weights, self.score_BTN, count, (self.rules, self.work))
+                return
+            score(self.folded, items, self.weights, self.score_BTN, count)
         elif self.is_dot:
             dot_scores(user_BE, self.table.items(), self.score_BTN, count)
         else:
             self.score_BTN = self.retrieval.scorer(user_BE, self.table.features(slice(None)))
             self._check_tasks(self.score_BTN.shape[1])
+        slate.apply(self.score_BTN, self.rules, self.work)
 
     def _check_tasks(self, tasks: int) -> None:
         if tasks != self.shape.tasks:
             raise ShapeError(f"the scorer has {tasks} tasks, the requests weigh {self.shape.tasks}")
 
     def launch_selection(self) -> None:
-        """Slates from the scores."""
+        """Slates from the keys."""
         plan, found = self.shape.plan, self.found.there
         columns = {"advertiser": self.table.advertiser_N, "category": self.table.category_N}
         groups = [columns[name] for name in plan.caps]
-        slate.apply(self.score_BTN, self.rules, self.work)
+        slate.bound(self.work)
         slate.gather(groups, self.rules, self.work)
         slate.order(len(groups), self.rules, self.work)
         if len(groups) > 1:
@@ -212,18 +198,18 @@ class FusedSearch:
     def capture(self) -> None:
         """Make the CUDA graph, on a GPU. Other threads may use the device meanwhile, but not wait for all of it.
 
-        Both streams are this thread's alone from before the capture begins until after it ends.
+        The stream is this thread's alone from before the capture begins until after it ends.
         """
         device = self.table.device
         if device.type != "cuda":
             return
-        with _CAPTURING, lent(device) as stream, lent(device) as side:
+        with _CAPTURING, lent(device) as stream:
             with torch.cuda.stream(stream):
-                self.launch(side)  # compiles
+                self.launch()  # compiles
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self.launch(side)
+                self.launch()
             self.graph = graph
 
     def fill(self, user_BE: torch.Tensor, asked: Requests, items: int, plan: Plan) -> None:
