@@ -121,7 +121,7 @@ def _share(at, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr):
     return matrix
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["requests"])
 def _score_kernel(
     embedding_NE, scalar_NS, scale_N, weight_BKH, bias_BH, second_HG, second_bias_G, out_TG, out_bias_T, score_BTN,
     count_at, requests, score_stride_b, score_stride_t, dot_T, dot_BN, dot_stride, weight_BT, head, factor_BN, stamp_BN,
@@ -142,13 +142,13 @@ def _score_kernel(
     step = gl.num_programs(0) // requests
     start = gl.program_id(0) // requests
     second = _share(second_HG, H, G, WARPS)
-    second_bias_line = gl.load(second_bias_G + gl.arange(0, G, LINE))
-    out_lines = ()
-    for task in gl.static_range(T):
-        out_lines = out_lines + (gl.load(out_TG + task * G + gl.arange(0, G, LINE)),)
     count = gl.load(count_at)
     item = _load_rows(embedding_NE, STRIDE, start * ROWS, count, E, VECTOR, WARPS)
     scalar = _load_rows(scalar_NS, SCALAR_STRIDE, start * ROWS, count, _SCALARS, 4, WARPS)
+    second_bias = gl.allocate_shared_memory(gl.float32, [G], FLAT, gl.load(second_bias_G + gl.arange(0, G, LINE)))
+    out = gl.allocate_shared_memory(gl.float32, [T, G], FLAT)
+    for task in gl.static_range(T):
+        out.index(task).store(gl.load(out_TG + task * G + gl.arange(0, G, LINE)))
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
@@ -157,12 +157,7 @@ def _score_kernel(
     first = _share(weight, E, H, WARPS)
     first_of_scalars = _share(weight + E * H, _SCALARS, H, WARPS)
     async_copy.commit_group()
-    bias_line = gl.load(bias_BH + request * H + gl.arange(0, H, LINE))
-    second_bias = gl.allocate_shared_memory(gl.float32, [G], FLAT, second_bias_line)
-    out = gl.allocate_shared_memory(gl.float32, [T, G], FLAT)
-    for task in gl.static_range(T):
-        out.index(task).store(out_lines[task])
-    bias = gl.allocate_shared_memory(gl.float32, [H], FLAT, bias_line)
+    bias = gl.allocate_shared_memory(gl.float32, [H], FLAT, gl.load(bias_BH + request * H + gl.arange(0, H, LINE)))
     run = 0
     if HAS_KEYS:
         run = gl.load(head + 2)

@@ -2,9 +2,9 @@
 
     ready    clear the counts, mark the rows that a request excludes; filters and bids: what an item's scores are
              multiplied by, or NaN
-    apply    one int32 key an item, in the utility's order; keys are counted by their upper 16 bits, a bin for each value
-             (interaction_score_hopper does this as it goes)
-    bound    from the counts, the least bin with which all keys from there on fit the pool, and where each bin begins there
+    apply    one int32 key an item, in the utility's order; keys are counted by their upper 16 bits, a bin for each
+             value (interaction_score_hopper does this as it goes)
+    bound    from the counts, the least bin with which all keys from there on fit the pool, and where each bin begins
     gather   those keys into the pool, bin after bin
     order    a candidate's place is the number of candidates above it: those of higher bins, and those of its own that
              compare as higher; and it is taken where fewer than cap of its group stand above it
@@ -182,8 +182,9 @@ def gather(groups: list[torch.Tensor], rules: Rules, work: Work, block: int = 10
 
 
 def order(
-    caps: int, rules: Rules, work: Work, block: int = 16, others: int = 1024, near: int = 128, warps: int = 8
-) -> None:
+    caps: int, rules: Rules, work: Work, block: int = 8, others: int = 512, near: int = 128, stages: int = 1,
+    warps: int = 4,
+) -> None:  # fmt: skip
     """Candidates in the order of the walk, with their groups, and which of them the walk takes; certain for one cap.
 
     block: candidates of a program; others, near: candidates of higher bins, and of its own, that it looks at at a time.
@@ -192,7 +193,7 @@ def order(
     _order_kernel[(triton.cdiv(pool, block), requests)](
         work.pool_BP, work.pool_group_CBP, work.count_BC, work.end_BC, work.bound_B3, rules.head, work.ordered_BP,
         work.group_CBP, work.take_RBP[0], work.group_CBP.stride(0), CAPS=caps, POOL=pool, BLOCK=block, OTHERS=others,
-        NEAR=near, num_warps=warps, **work.chain(),
+        NEAR=near, STAGES=stages, num_warps=warps, **work.chain(),
     )  # fmt: skip
 
 
@@ -255,7 +256,7 @@ def _field_allows(
     return is_clear & (has | ~is_asked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "marks", "cleared", "tiles"])
 def _ready_kernel(
     mask_NW, eligible_N, budget_N, attribute_NA, bid_N, power_B, required_BW, forbidden_BW, lower_BA, upper_BA,
     min_budget_B, excluded_X2, head, stamp_BN, factor_BN, count_BC, requests, items, marks, cleared, tiles,
@@ -417,7 +418,7 @@ def _row_of(candidate):
 def _order_kernel(
     pool_BP, pool_group_CBP, count_BC, end_BC, bound_B3, head, ordered_BP, group_CBP, take_BP, group_stride,
     CAPS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, NEAR: tl.constexpr,
-    CHAINED: tl.constexpr,
+    STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK places of the pool: what is before the first one's bin is above, what is past the last one's is not."""
     if CHAINED:
@@ -444,7 +445,7 @@ def _order_kernel(
             if CAPS > 1:
                 my_other = tl.load(group + group_stride + number, is_there, -1)
                 in_other = tl.zeros([BLOCK, OTHERS], tl.int32)
-            for start in tl.range(0, begin, OTHERS):
+            for start in tl.range(0, begin, OTHERS, num_stages=STAGES):
                 other = start + tl.arange(0, OTHERS)
                 theirs = tl.load(group + other, other < begin, -2)
                 in_group += (theirs[None, :] == my_group[:, None]).to(tl.int32)
