@@ -33,6 +33,7 @@ Only a whole run on CUDA is recorded.
 """
 
 import argparse
+import copy
 import itertools
 import statistics
 import sys
@@ -131,17 +132,16 @@ def check_kernels(device: str, items: int, plan: Plan) -> None:
         for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
             index = LiveIndex(rows, scorer, device=device, dtype=dtype)
             search = by_kernels(index, users, requests, plan)
-            row_BK = search.found.there["row"][:, : plan.k].tolist()
+            row_BK = search.found.here["row"][:, : plan.k].tolist()
             utility_BN, allowed_BN = (part.cpu() for part in search.utilities(items))
             for b, request in enumerate(requests):
                 assert allowed_BN[b].tolist() == allowed[b], f"filters of request {b}"
                 wanted = reference.slate(rows, utility_BN[b].double().numpy(), allowed[b], plan, request.seed)
                 assert [row for row in row_BK[b] if row >= 0] == wanted, f"request {b}"
             with index.pin() as pinned, torch.inference_mode():
-                score_BTN = search.score_BTN[:3]
-                wanted_BTN = scorer.float()(users.to(device), pinned.table.features(slice(items)).float())
+                score_BTN = search.score_BTN[:3, :, :items].cpu()
+                wanted_BTN = copy.deepcopy(scorer).float()(users, pinned.table.features(slice(items)).float().cpu())
                 off = float((score_BTN - wanted_BTN).norm() / wanted_BTN.norm())
-                scorer.to(torch.bfloat16)
             print(
                 f"{device}: {type(scorer).__name__}, {dtype}: rows as the reference's, scores off {off:.1e}", flush=True
             )
@@ -367,11 +367,12 @@ def compare(device: str, items: int, batches: Sequence[int], plan: Plan, repeats
                 for name, other in coded.items():
                     searches[f"ours, kernels, {name} rows"] = by_kernels(other, users, requests, plan)
             for name, search in searches.items():
-                assert search.graph is not None, "captured"
-                found_BK = search.found.there["row"][:count, : plan.k].long()
-                assert bool(search.found.there["is_exact"][:count].all()), f"{name}: not exact"
+                found_BK = torch.from_numpy(search.found.here["row"][:count, : plan.k])
+                assert search.found.here["is_exact"][:count].all(), f"{name}: not exact"
                 agree(name, found_BK, wanted_BK, 0.9)
-                ways[name] = search.graph.replay
+                graph = search.captured(search.launch_kernels)
+                assert graph is not None, "on CUDA"
+                ways[name] = graph.replay
             ms = {name: median_ms(call, device, repeats) for name, call in ways.items()}
             if is_cuda:
                 ms |= {f"{name}, warm cache": median_ms(ways[name], device, repeats, False) for name in searches}

@@ -14,6 +14,7 @@ A row belongs to one item for the life of an index: an item deleted and brought 
 in the order in which items came. Rebuild the index and swap it in to drop the rows of items that are gone.
 """
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -326,6 +327,40 @@ class Pinned:
     revision: int
 
 
+class Ids:
+    """Item ids by row, in an array, of which many are picked at once; it grows as a list does.
+
+    What is read while another thread extends it is there already, in the old memory or the new.
+    """
+
+    def __init__(self) -> None:
+        self._id_N = np.empty(16, object)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def of(self, rows: slice | list[int] | NDArray[np.int64]) -> list[Any]:
+        """Ids of rows, each below the length."""
+        found: list[Any] = self._id_N[rows].tolist()
+        return found
+
+    def extend(self, ids: list[Any]) -> None:
+        """Ids of the rows that follow."""
+        count = self._count + len(ids)
+        if count > len(self._id_N):
+            grown = np.empty(max(count, 2 * len(self._id_N)), object)
+            grown[: self._count] = self._id_N[: self._count]
+            self._id_N = grown
+        self._id_N[self._count : count] = ids
+        self._count = count
+
+    def cut(self, count: int) -> None:
+        """Forget the rows from count on."""
+        self._id_N[count : self._count] = None
+        self._count = count
+
+
 class LiveIndex:
     """A catalogue of one embedding_version that is searched and updated at once.
 
@@ -338,6 +373,8 @@ class LiveIndex:
     ) -> None:  # fmt: skip
         """rows: the first items, in the order of their rows. capacity: rows there is room for; it grows by itself.
 
+        scorer: the index takes a copy to its device; the caller's stays as it is.
+
         dtype: of embeddings and scalars; see `ItemTable`. fused: whether batches are answered by the kernels of
         `fused.py`; by default on a GPU.
         Raises IndexMismatch for a scorer that was loaded with a release of another embedding_version.
@@ -346,7 +383,7 @@ class LiveIndex:
         if (version := getattr(scorer, "embedding_version", None)) is not None:
             check_version("a scorer", version, self.embedding_version)
         self.layout = rows.layout
-        self.retrieval = Retrieval(rows.layout, scorer).to(device).eval()
+        self.retrieval = Retrieval(rows.layout, copy.deepcopy(scorer)).to(device).eval()
         room = max(len(rows), capacity or 0, 1)
         tables = [ItemTable(rows.layout, room, dtype=dtype, device=device) for _ in range(2)]
         self._reading, self._idle = _Side(tables[0]), _Side(tables[1])
@@ -357,7 +394,7 @@ class LiveIndex:
             torch.cuda.current_stream(tables[0].device).synchronize()  # which fills them; updates are on other streams
         self._searches = fused_searches(self.retrieval) if (is_cuda if fused is None else fused) else None
         self._row_of: dict[Any, int] = {}
-        self._ids: list[Any] = []
+        self._ids = Ids()
         self._is_there_N = np.zeros(room, np.bool_)
         """is_there_N after the last update, so that none waits for the device to tell; and room to grow."""
         self._mover: RowMover | None = None  # the first rows go in column by column
@@ -432,7 +469,7 @@ class LiveIndex:
             )
         with self.pin() as pinned, torch.inference_mode():
             table = pinned.table
-            asked = Requests.build(requests, self.layout, lambda ids: self.rows_of(ids, table.count))
+            asked = Requests.build(requests, self.layout, lambda ids: self.row_array_of(ids, table.count))
             if self._searches is not None and bonus is None and scalars is None:
                 found = self._searches.search(table, user_BE, asked, plan)
             else:
@@ -444,15 +481,12 @@ class LiveIndex:
                 found = self.retrieval.search(columns, user_BE.to(table.device), asked.to(table.device), plan, bonus_BN)
             row_BK, utility_BK = found.row_BK.cpu().numpy(), found.utility_BK.cpu().numpy()
             lengths = found.length_B.tolist()
-        ids = [
-            list(map(self._ids.__getitem__, row_K[:length].tolist()))
-            for row_K, length in zip(row_BK, lengths, strict=True)
-        ]
+        ids = [self._ids.of(row_K[:length]) for row_K, length in zip(row_BK, lengths, strict=True)]
         return Slates(ids, row_BK, utility_BK, self.embedding_version, pinned.revision)
 
     def item_ids(self, start: int = 0, end: int | None = None) -> list[ItemId]:
         """Ids of some rows, those of deleted items too, in the order of rows."""
-        return self._ids[start:end]
+        return self._ids.of(slice(start, len(self._ids) if end is None else min(end, len(self._ids))))
 
     def row_of(self, item_id: ItemId) -> int | None:
         """The row of an item, deleted or not, None where it never had one."""
@@ -460,7 +494,13 @@ class LiveIndex:
 
     def rows_of(self, item_ids: Sequence[ItemId], count: int) -> list[int]:
         """Rows below count of those items that have one."""
-        return [row for row in map(self._row_of.get, item_ids) if row is not None and row < count]
+        rows: list[int] = self.row_array_of(item_ids, count).tolist()
+        return rows
+
+    def row_array_of(self, item_ids: Sequence[ItemId], count: int) -> NDArray[np.int64]:
+        """The same as an array."""
+        row_X = np.fromiter(map(self._row_of.get, item_ids, repeat(-1)), np.int64, len(item_ids))
+        return row_X[(row_X >= 0) & (row_X < count)]
 
     # Updates
 
@@ -481,14 +521,14 @@ class LiveIndex:
             new = [rows.item_ids[at] for at in new_R.tolist()]
             row_R[new_R] = np.arange(known, known + len(new))
             # A request finds a new item's row only in tables that have it: `rows_of` is asked with the table's count.
-            self._ids += new
+            self._ids.extend(new)
             self._row_of.update(zip(new, range(known, known + len(new)), strict=True))
             try:
                 self._write(row_R, columns, len(self._ids))
             except BaseException:
                 for item in new:
                     del self._row_of[item]
-                del self._ids[known:]
+                self._ids.cut(known)
                 raise
             if len(self._ids) > len(self._is_there_N):
                 more = int(len(self._ids) * GROWTH) - len(self._is_there_N)
@@ -573,7 +613,7 @@ class LiveIndex:
             picked = {name.rpartition("_")[0]: buffer[rows].cpu() for name, buffer in table.named_buffers()}
             feature_RF = table.features(torch.tensor(rows, dtype=torch.int64, device=table.device)).float().cpu()
         return ItemRows(
-            self.embedding_version, self.layout, [self._ids[row] for row in rows], feature_RF,
+            self.embedding_version, self.layout, self._ids.of(rows), feature_RF,
             picked["mask"], picked["category"], picked["advertiser"], picked["attribute"], picked["bid"],
             picked["budget"], picked["eligible"],
         )  # fmt: skip

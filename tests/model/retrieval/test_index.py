@@ -18,7 +18,7 @@ from model.retrieval import reference
 from model.retrieval.index import IndexHolder, LiveIndex
 from model.retrieval.rows import Deltas, ItemRows, Layout, read_rows, write_rows
 from model.retrieval.rules import Plan, Request
-from model.retrieval.scorer import DotScorer
+from model.retrieval.scorer import DotScorer, InteractionScorer
 from tests.model.retrieval.builders import LAYOUT, VERSION, make_plan, make_request, make_rows
 
 SMALL = Layout(embedding_dim=1)
@@ -263,6 +263,7 @@ def test_whole_indices_swap_and_each_answer_is_of_one() -> None:
     for reader in readers:
         reader.start()
     while min(answers) < 100:
+        time.sleep(1e-4)  # without, the readers wait for this thread's turn to end, each time a search gives up its own
         before = holder.index
         assert holder.swap(indices[before is indices[0]]) is before
         time.sleep(1e-4)  # readers need the interpreter too
@@ -272,6 +273,29 @@ def test_whole_indices_swap_and_each_answer_is_of_one() -> None:
     assert not wrong
     with pytest.raises(IndexMismatch):
         holder.index.search(np.ones((1, 1), np.float32), [Request()], Plan(k=1), "c" * 16)
+
+
+def test_the_caller_s_scorer_stays_as_it_is() -> None:
+    """The index moves, casts and switches a copy; what becomes of the caller's own changes no answer."""
+    rng = np.random.default_rng(0)
+    rows, scorer = make_rows(rng, 20), InteractionScorer(4, 2, (8, 4))
+    index = LiveIndex(rows, scorer)
+    before = index.search(np.ones((1, 4), np.float32), [Request()], Plan(k=9), VERSION)
+    assert scorer.training
+    index.retrieval.to(torch.float64)
+    assert {part.dtype for part in scorer.parameters()} == {torch.float32}
+    index.retrieval.to(torch.float32)
+    with torch.no_grad():
+        scorer.out.bias.fill_(torch.nan)
+    after = index.search(np.ones((1, 4), np.float32), [Request()], Plan(k=9), VERSION)
+    assert after.item_ids == before.item_ids
+
+
+def test_ids_beyond_the_rows_there_are_are_not_given() -> None:
+    index = LiveIndex(rows_of({number: number for number in range(20)}), DotScorer())
+    assert index.item_ids(18, 40) == [18, 19]
+    assert index.item_ids(19) == [19]
+    assert index.item_ids(20) == []
 
 
 def test_growth_keeps_rows_and_room() -> None:
