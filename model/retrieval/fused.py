@@ -29,7 +29,7 @@ from model.retrieval.index import ItemTable, Retrieval
 from model.retrieval.rules import MAX_RESULTS, Plan, Requests
 from model.retrieval.scorer import DotScorer, InteractionScorer
 from model.retrieval.select import LEAST_POOL, POOL_PER_RESULT, ROUNDS, Found, drawn, first_places, select_exactly
-from model.retrieval.streams import lent
+from model.retrieval.streams import captured, lent
 
 POOL_WITHOUT_CAPS = 2
 """Room in the pool for each item the walk has to find, where nothing is skipped: keys come in by whole bins."""
@@ -42,8 +42,6 @@ MOST_BYTES = 2**31
 MOST_SEARCHES = 64
 """FusedSearches kept of an index; the one not used for longest goes."""
 ALIGNMENT = 256
-_CAPTURING = threading.Lock()
-"""A capture begins by waiting for the whole device, which no other capture survives: one at a time."""
 
 
 class Block:
@@ -202,24 +200,9 @@ class FusedSearch:
         """Make the CUDA graph of a run, on a GPU."""
         self.graph = self.captured(self.launch)
 
-    @torch.inference_mode()
     def captured(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """The CUDA graph of a launch; None on the CPU.
-
-        Other threads may use the device meanwhile, but not wait for all of it.
-        The stream is this thread's alone from before the capture begins until after it ends.
-        """
-        device = self.table.device
-        if device.type != "cuda":
-            return None
-        with _CAPTURING, lent(device) as stream:
-            with torch.cuda.stream(stream):
-                launch()  # compiles
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                launch()
-        return graph
+        """The CUDA graph of a launch; None on the CPU."""
+        return captured(self.table.device, launch)
 
     def fill(self, user_BE: torch.Tensor, asked: Requests, items: int, plan: Plan) -> None:
         """Write a batch, on the CPU, into the page-locked memory; requests that it lacks get nothing."""

@@ -15,6 +15,7 @@ in the order in which items came. Rebuild the index and swap it in to drop the r
 """
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -102,6 +103,13 @@ class ItemTable(nn.Module):
         room("is_there_N", None, False, torch.bool)
         self.buffer_of = dict(self.named_buffers())
         """By name; to look one up in a module is slow, and updates do it much."""
+        self._column_of = {name: name.rpartition("_")[0] for name in self.buffer_of}
+        self.place_of = {
+            name: (buffer.data_ptr(), math.prod(buffer.shape[1:]) * buffer.element_size())
+            for name, buffer in self.buffer_of.items()
+        }
+        """Address, and bytes of a row."""
+        self.bytes_a_row = sum(width for _, width in self.place_of.values())
 
     @property
     def capacity(self) -> int:
@@ -149,7 +157,7 @@ class ItemTable(nn.Module):
         """Columns, named without their axes, as the buffers keep them, by the buffers' names; where they are."""
         if self.dtype in LARGEST_CODE and "feature" in columns:
             columns = columns | self._coded(columns["feature"].float())
-        there = {name: columns.get(name.rpartition("_")[0]) for name in self.buffer_of}
+        there = {name: columns.get(column) for name, column in self._column_of.items()}
         # Only what needs a cast is asked for one: another thread may come in at every call into PyTorch.
         return {
             name: value if value.dtype == self.buffer_of[name].dtype else value.to(self.buffer_of[name].dtype)
@@ -175,8 +183,10 @@ class ItemTable(nn.Module):
 
     def changed_with(self, columns: Set[str]) -> list[str]:
         """The buffers that a write of these columns, named as for `write`, sets."""
-        column_of = {name: name.rpartition("_")[0] for name in self.buffer_of}
-        return [name for name, column in column_of.items() if (_CODED_FROM if column in _CODED else column) in columns]
+        return [
+            name for name, column in self._column_of.items()
+            if (_CODED_FROM if column in _CODED else column) in columns
+        ]  # fmt: skip
 
     def grown(self, capacity: int) -> "ItemTable":
         """A table of more room with the same rows."""
@@ -499,7 +509,7 @@ class LiveIndex:
 
     def row_array_of(self, item_ids: Sequence[ItemId], count: int) -> NDArray[np.int64]:
         """The same as an array."""
-        row_X = np.fromiter(map(self._row_of.get, item_ids, repeat(-1)), np.int64, len(item_ids))
+        row_X = self._rows(item_ids)
         return row_X[(row_X >= 0) & (row_X < count)]
 
     # Updates

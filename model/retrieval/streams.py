@@ -21,6 +21,8 @@ POOLED = 32
 PRIORITY = -1
 WAIT_S = 5.0
 """Longest a job waits for a stream."""
+_CAPTURING = threading.Lock()
+"""A capture begins by waiting for the whole device, which no other capture survives: one at a time."""
 
 
 class StreamPool:
@@ -105,3 +107,22 @@ def lent(device: torch.device) -> AbstractContextManager[Any]:
                 StreamPool(lambda: torch.cuda.Stream(device, priority=PRIORITY)),  # type: ignore[no-untyped-call]
             )
     return pool.lent()
+
+
+@torch.inference_mode()
+def captured(device: torch.device, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    """The CUDA graph of a launch; None on the CPU.
+
+    Other threads may use the device meanwhile, but not wait for all of it.
+    The stream is this thread's alone from before the capture begins until after it ends.
+    """
+    if device.type != "cuda":
+        return None
+    with _CAPTURING, lent(device) as stream:
+        with torch.cuda.stream(stream):
+            launch()  # compiles
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            launch()
+    return graph

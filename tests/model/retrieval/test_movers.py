@@ -67,8 +67,8 @@ def test_the_kernel_writes_the_named_rows_alone() -> None:
 
 
 def test_the_block_grows_and_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 256 bytes; what it held before leaves no trace."""
-    monkeypatch.setattr(movers, "LEAST_BYTES", 256)
+    """Of graphs for 256 bytes and 1024, and larger ones; what they held before leaves no trace."""
+    monkeypatch.setattr(movers, "GRAPHED", (256, 1024))
     rng = np.random.default_rng(1)
     rows = make_rows(rng, 40)
     by_column, by_kernel = (LiveIndex(rows, DotScorer(), device=DEVICE, fused=fused) for fused in (False, True))
@@ -125,8 +125,9 @@ def test_an_update_that_fails_halfway_leaves_no_trace(monkeypatch: pytest.Monkey
         assert_alike(by_kernel, by_column)
 
 
-def test_rows_of_bfloat16_keep_their_bits() -> None:
-    value = torch.tensor([[1.0, -2.5], [3.25, 0.1]]).bfloat16()
-    assert movers._bytes(value).view(np.int16).tolist() == value.view(torch.int16).flatten().tolist()
-    assert len(movers._bytes(torch.zeros(3, 0))) == 0
-    assert movers._bytes(torch.arange(6).view(2, 3)[:, 1:]).view(np.int64).tolist() == [1, 2, 4, 5]
+def test_columns_are_moved_as_they_lie_side_by_side() -> None:
+    part_RC = torch.arange(6).view(2, 3)[:, 1:]
+    held_RC = movers._held(part_RC)
+    assert held_RC.is_contiguous()
+    assert held_RC.tolist() == [[1, 2], [4, 5]]
+    assert movers._held(held_RC) is held_RC
