@@ -22,9 +22,11 @@ normal noise of length 6, rescaled to 8), so 16 numbers of a half each; share of
 product and by an untrained MLP.
 
 Updates: one thread searches without pause; another applies batches of updates ten times a second, a tenth of them whole
-rows, the rest bids and budgets; once more as a server gets them, as Parquet bytes that the same thread reads. Short
-windows with and without updates alternate, so that the machine's drift meets both alike; p50 and p99 of all requests
-of the ones over those of the others. A rate of 0 shows what that comes to where nothing differs.
+rows, the rest bids and budgets; once more as a server gets them, as Parquet bytes that the same thread reads. Windows
+of half a second come in rounds, a quiet one and one of each load, in an order drawn anew, so that the machine's drift
+meets all alike; p50 and p99 of all requests of a load's windows over those of the quiet ones, with the interval that
+95 % of the ratios of windows drawn again lie in. A rate of 0 shows what that comes to where nothing differs. Threads
+run on whatever cores they are given.
 
 Torn reads: threads search and read rows while another writes, deletes and grows the index; every row's fields carry one
 number, the rows of a group always change together, and an answer that shows anything else is torn.
@@ -34,12 +36,14 @@ Only a whole run on CUDA is recorded.
 
 import argparse
 import copy
+import gc
 import itertools
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -588,7 +592,8 @@ def eight_bits(device: str, items: int = 1_000_000, users: int = 64, k: int = 10
 # Updates under load
 
 BATCHES_PER_S = 10
-PAIRS, WINDOW_S = 8, 0.4
+ROUNDS, SELDOM, WINDOW_S = 16, 4, 0.5
+RESAMPLES = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -599,6 +604,8 @@ class Load:
     """Rows updated a second."""
     is_fed: bool = False
     """Updates come as bytes, and the thread that applies them reads them first, as `online.item_feed` does."""
+    every: int = 1
+    """Rounds from one window to the next."""
 
     @property
     def measure(self) -> str:
@@ -606,15 +613,17 @@ class Load:
         return f"index.updates_{self.rate}{'.fed' if self.is_fed else ''}.p99_ratio"
 
 
-LOADS = (Load(0), Load(600), Load(6_000), Load(6_000, is_fed=True), Load(60_000))
+LOADS = (
+    Load(0), Load(600, every=SELDOM), Load(6_000), Load(6_000, is_fed=True, every=SELDOM), Load(60_000, every=SELDOM),
+)  # fmt: skip
 
 
 def updates(
-    device: str, items: int, plan: Plan, *, pairs: int = PAIRS, window_s: float = WINDOW_S
+    device: str, items: int, plan: Plan, *, rounds: int = ROUNDS, window_s: float = WINDOW_S
 ) -> list[dict[str, Any]]:
     """Latency of one request after the other while rows are updated at each rate; the entries to record.
 
-    pairs: windows with updates, and as many without.
+    rounds: of a quiet window and a window of each load, in an order drawn anew.
     """
     rows = make_rows(items)
     torch.manual_seed(0)
@@ -622,37 +631,52 @@ def updates(
     index = LiveIndex(rows, InteractionScorer(256, 16).to(dtype), device=device, dtype=dtype)
     users, requests = make_requests(64, items, seed=4)
     index.prepare(plan)
-
-    def window(make: Callable[[], None] | None) -> Window:
-        return _window(index, users, requests, plan, window_s, make)
-
-    window(None)
-    found = []
+    batches = {}
     for load in LOADS:
-        batches = make_batches(rows, load)
-        if batches is None:
+        made = make_batches(rows, load)
+        if made is None:
             print("  updates as bytes: left out, redis is not installed", flush=True)
-            continue
-        batch = itertools.cycle(batches)
-
-        def make(batch: Iterator[Callable[[LiveIndex], None]] = batch) -> None:
-            next(batch)(index)
-
-        quiet, loaded = [], []
-        for pair in range(pairs):
-            for is_loaded in (False, True) if pair % 2 == 0 else (True, False):
-                (loaded if is_loaded else quiet).append(window(make if is_loaded and load.rate else None))
-        found.append(Loaded(load, quiet, loaded))
-        print(f"  {found[-1].line()}", flush=True)
+        else:
+            batches[load] = itertools.cycle(made)
+    quiet: list[Window] = []
+    loaded: dict[Load, list[Window]] = {load: [] for load in batches}
+    rng = np.random.default_rng(0)
+    with as_the_service_runs():
+        for _ in range(4):
+            _window(index, users, requests, plan, window_s, None)
+        for number in range(rounds):
+            turns = [None, *(load for load in batches if number % load.every == 0)]
+            for place in rng.permutation(len(turns)).tolist():
+                load = turns[place]
+                batch = None if load is None or not load.rate else batches[load]
+                window = _window(index, users, requests, plan, window_s, batch)
+                (quiet if load is None else loaded[load]).append(window)
+    found = [Loaded(load, quiet, windows) for load, windows in loaded.items()]
+    for one in found:
+        print(f"  {one.line()}", flush=True)
     noise = found[0]
     return [
         {
             "measure": one.load.measure, "value": round(one.ratio(99), 3), "unit": "x p99 of the quiet index",
             "target": 1.05 if one.load.rate <= 6_000 and not one.load.is_fed else None,
-            "note": f"{one.line()}; with nothing different p50 {noise.ratio(50):.3f}, p99 {noise.ratio(99):.3f} x",
+            "note": f"{one.line()}; nothing against nothing: p50 {noise.told(50)}, p99 {noise.told(99)}",
         }
         for one in found[1:]
     ]  # fmt: skip
+
+
+@contextmanager
+def as_the_service_runs() -> Iterator[None]:
+    """What was made so far is not collected again, and PyTorch keeps to one thread: see `online.server`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -666,7 +690,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Windows beside updates, and as many without."""
+    """Windows beside updates, and windows without."""
 
     load: Load
     quiet: list[Window]
@@ -676,27 +700,44 @@ class Loaded:
         """A percentile of all requests beside updates over that of all others."""
         return self.at(percent, self.loaded) / self.at(percent, self.quiet)
 
+    def interval(self, percent: float) -> tuple[float, float]:
+        """Where 95 % of the ratios of windows drawn again from both kinds lie: requests of a window are not apart."""
+        rng = np.random.default_rng(0)
+        sides = [[np.asarray(window.request_ms) for window in windows] for windows in (self.loaded, self.quiet)]
+        ratios = []
+        for _ in range(RESAMPLES):
+            ours, theirs = (
+                np.percentile(np.concatenate([side[at] for at in rng.integers(0, len(side), len(side))]), percent)
+                for side in sides
+            )
+            ratios.append(ours / theirs)
+        low, high = np.percentile(ratios, [2.5, 97.5]).tolist()
+        return low, high
+
     @staticmethod
     def at(percent: float, windows: list[Window]) -> float:
         """A percentile of all requests, ms."""
         return float(np.percentile(np.concatenate([window.request_ms for window in windows]), percent))
 
+    def told(self, percent: float) -> str:
+        """A ratio and its interval."""
+        low, high = self.interval(percent)
+        return f"{self.ratio(percent):.3f} x ({low:.3f} to {high:.3f})"
+
     def line(self) -> str:
         """One row of the report."""
         p50, p99 = (
             f"p{percent} {self.at(percent, self.loaded):.4g} over {self.at(percent, self.quiet):.4g} ms "
-            f"{self.ratio(percent):.3f} x"
+            f"{self.told(percent)}"
             for percent in (50, 99)
         )
-        each = [self.at(99, [two]) / self.at(99, [one]) for one, two in zip(self.quiet, self.loaded, strict=True)]
         write_ms = np.concatenate([window.write_ms for window in self.loaded])
         written = ""
         if len(write_ms):
             written = f", {len(write_ms)} batches of {np.median(write_ms):.3g} ms, longest {write_ms.max():.3g}"
         return (
-            f"{self.load.rate:,} row updates a second{' as bytes' if self.load.is_fed else ''}"
-            f"{written}: {sum(len(window.request_ms) for window in self.loaded):,} requests, "
-            f"{p50}, {p99} (of pairs of windows {min(each):.2f} to {max(each):.2f})"
+            f"{self.load.rate:,} row updates a second{' as bytes' if self.load.is_fed else ''}{written}: "
+            f"{sum(len(window.request_ms) for window in self.loaded):,} requests, {p50}, {p99}"
         )
 
 
@@ -735,23 +776,24 @@ def make_batches(rows: ItemRows, load: Load) -> list[Callable[[LiveIndex], None]
 
 def _window(
     index: LiveIndex, users: torch.Tensor, requests: Sequence[Request], plan: Plan, seconds: float,
-    update: Callable[[], None] | None,
+    batches: Iterator[Callable[[LiveIndex], None]] | None,
 ) -> Window:  # fmt: skip
     stop = threading.Event()
     failures: list[BaseException] = []
     write_ms: list[float] = []
 
-    def write(update: Callable[[], None]) -> None:
+    def write(batches: Iterator[Callable[[LiveIndex], None]]) -> None:
         began = time.perf_counter()
         try:
             while not stop.wait(max(0.0, began + (len(write_ms) + 0.5) / BATCHES_PER_S - time.perf_counter())):
+                update = next(batches)
                 start = time.perf_counter()
-                update()
+                update(index)
                 write_ms.append((time.perf_counter() - start) * 1e3)
         except BaseException as error:
             failures.append(error)
 
-    writer = None if update is None else threading.Thread(target=write, args=(update,))
+    writer = None if batches is None else threading.Thread(target=write, args=(batches,))
     if writer is not None:
         writer.start()
     times: list[float] = []
@@ -866,6 +908,7 @@ def torn_reads(
     user_BE = np.zeros((batch, 8), np.float32)
     user_BE[:, 0] = scale_B
     requests = [Request(bid_power=1.0)] * batch
+    index.prepare(plan, batch)  # a reader that compiles would keep the writer waiting for longer than it does
     end = time.monotonic() + most_s
 
     def guarded(work: Callable[[np.random.Generator], None], seed: int) -> None:
@@ -966,7 +1009,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "int8" in args.only and is_cuda and not args.quick:
         keep(eight_bits(args.device))
     if "updates" in args.only:
-        keep(updates(args.device, items, plan, **({"pairs": 2, "window_s": 0.2} if args.quick else {})))
+        keep(updates(args.device, items, plan, **({"rounds": 2, "window_s": 0.2} if args.quick else {})))
     if "torn" in args.only:
         keep(look_for_tears(args.device, is_quick=args.quick))
     return 0

@@ -80,6 +80,8 @@ class ItemTable(nn.Module):
             raise ShapeError(f"rows must be float32, bfloat16, float64, int8 or float8_e4m3fn, got {dtype}")
         self.layout = layout
         self.dtype = dtype
+        self.capacity = capacity
+        """Rows there is room for."""
         self.count = 0
         """High-water mark: rows ever used, deleted ones included."""
 
@@ -101,6 +103,7 @@ class ItemTable(nn.Module):
         room("budget_N", None, 0, torch.float32)
         room("eligible_N", None, False, torch.bool)
         room("is_there_N", None, False, torch.bool)
+        self.device = self.bid_N.device
         self.buffer_of = dict(self.named_buffers())
         """By name; to look one up in a module is slow, and updates do it much."""
         self._column_of = {name: name.rpartition("_")[0] for name in self.buffer_of}
@@ -110,16 +113,6 @@ class ItemTable(nn.Module):
         }
         """Address, and bytes of a row."""
         self.bytes_a_row = sum(width for _, width in self.place_of.values())
-
-    @property
-    def capacity(self) -> int:
-        """Rows there is room for."""
-        return len(self.bid_N)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the buffers are."""
-        return self.bid_N.device
 
     def items(self) -> ItemFeatures:
         """What kernels read of all rows, in place."""
@@ -148,6 +141,7 @@ class ItemTable(nn.Module):
         found: list[bool] = self.is_there_N[torch.tensor(rows, dtype=torch.int64, device=self.device)].tolist()
         return found
 
+    @torch.no_grad()
     def write(self, row_R: torch.Tensor, columns: dict[str, torch.Tensor]) -> None:
         """Write rows of some columns, named without their axes; all on the table's device. row_R: i64, each once."""
         for name, value in self.stored(columns).items():
@@ -523,7 +517,7 @@ class LiveIndex:
             "feature": rows.feature_RF, "mask": rows.mask_RW, "category": rows.category_R,
             "advertiser": rows.advertiser_R, "attribute": rows.attribute_RA, "bid": rows.bid_R,
             "budget": rows.budget_R, "eligible": rows.eligible_R,
-            "is_there": torch.ones(len(rows), dtype=torch.bool),
+            "is_there": torch.from_numpy(np.ones(len(rows), np.bool_)),
         }  # fmt: skip
         with self._writing:
             row_R = self._rows(rows.item_ids)
@@ -580,7 +574,6 @@ class LiveIndex:
         are_there_R[row_R == NONE] = False
         return are_there_R
 
-    @torch.no_grad()
     def _write(self, row_R: NDArray[np.int64], columns: dict[str, torch.Tensor], count: int) -> None:
         """Write rows of some columns into the idle side, then swap the sides; all of it or, on an error, nothing."""
         with self._moved:
@@ -589,7 +582,8 @@ class LiveIndex:
                 raise IndexBusy(
                     f"{idle.readers} requests still read, after {WAIT_S:g} s, the table this update is to be written to"
                 )
-        behind = [replace(part, row_R=part.row_R[part.row_R < reading.table.capacity]) for part in idle.behind]
+        most = reading.table.capacity
+        behind = [Behind(part.row_R[part.row_R < most], part.columns) for part in idle.behind]
         written = Behind(row_R, frozenset(columns))
         idle.behind = [*behind, written]  # until the swap: should the write fail, the next one copies these rows back
         outgrown = idle.table if count > idle.table.capacity else None
