@@ -6,7 +6,7 @@ the device and launches two kernels that read from it what they are to do. There
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -87,9 +87,13 @@ class RowMover:
             if device.type == "cuda"
         }
 
-    def takes(self, table: "ItemTable", rows: int, behind: int) -> bool:
-        """Whether an update of so many rows, beside so many to take over, goes by the block."""
-        return rows * (NUMBER + table.bytes_a_row) + behind * NUMBER <= MOST_BYTES
+    def takes(self, table: "ItemTable", columns: Set[str], rows: int, behind: int) -> bool:
+        """Whether an update of so many rows, beside so many to take over, goes by the block.
+
+        Embeddings that are rounded number by number do not: they are on the table's device.
+        """
+        is_rounded_here = "feature" not in columns or table.feedback_EE is None
+        return is_rounded_here and rows * (NUMBER + table.bytes_a_row) + behind * NUMBER <= MOST_BYTES
 
     def write(
         self, table: "ItemTable", row_R: NDArray[np.int64], columns: dict[str, torch.Tensor], other: "ItemTable",

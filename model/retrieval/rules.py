@@ -125,8 +125,8 @@ class Requests:
             return torch.from_numpy(np.array(values, dtype))  # of small lists, several times as fast as torch.tensor
 
         def masks(wishes: Sequence[Mapping[str, Sequence[int]]]) -> torch.Tensor:
-            words = [layout.mask(wish) for wish in wishes]
-            return tensor(words, np.int64).reshape(count, layout.mask_words)
+            words = np.array([layout.mask(wish) for wish in wishes], np.int64)
+            return torch.from_numpy(words.reshape(count, layout.mask_words))
 
         return cls(
             tensor([request.task_weights for request in requests], np.float32),

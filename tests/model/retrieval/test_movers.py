@@ -79,6 +79,16 @@ def test_the_block_grows_and_is_used_again(monkeypatch: pytest.MonkeyPatch) -> N
         assert_alike(by_kernel, by_column)
 
 
+def test_rows_rounded_for_their_users_are_so_by_the_table_s_device() -> None:
+    """Their bids go by the block."""
+    table = ItemTable(Layout(embedding_dim=4), 10, dtype=torch.int8, device=DEVICE)
+    mover = RowMover(table.device)
+    assert mover.takes(table, {"feature", "bid"}, 5, 5)
+    table.feedback_EE = torch.zeros(4, 4)
+    assert not mover.takes(table, {"feature", "bid"}, 5, 5)
+    assert mover.takes(table, {"bid"}, 5, 5)
+
+
 def test_larger_updates_go_column_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(movers, "MOST_BYTES", 2000)
     calls: list[int] = []
