@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from model.kernels.dot_score_triton import dot_scores
 from model.kernels.interaction_score import MAX_SCALARS, InteractionWeights, ItemFeatures, check_shapes
@@ -22,6 +23,8 @@ from model.kernels.interaction_score import MAX_SCALARS, InteractionWeights, Ite
 _IS_INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _SCALARS: tl.constexpr = tl.constexpr(MAX_SCALARS)
 _SCALAR_VECTOR: tl.constexpr = tl.constexpr(4)
+FOLDED_ROWS = 64
+"""Rows of the folded weights that a program writes; a divisor of all widths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +84,21 @@ def interaction_scores_kernel(
     return score_BTN
 
 
-def fold(user_BE: torch.Tensor, weights: InteractionWeights, folded: Folded, vector: int) -> None:
-    """Write the folded weights of each request. user_BE: f32, contiguous."""
+def fold(
+    user_BE: torch.Tensor, weights: InteractionWeights, folded: Folded, vector: int, *, is_chained: bool = False
+) -> None:
+    """Write the folded weights of each request. user_BE: f32, contiguous.
+
+    is_chained: as in slate_triton; it reads nothing of the kernel before it, and ends after it.
+    """
     requests, width = user_BE.shape
     hidden = len(weights.bias_H)
     block = min(16, hidden)
-    _fold_kernel[(hidden // block, requests)](
+    chain = {"launch_pdl": True} if is_chained else {}
+    _fold_kernel[(hidden // block, width // FOLDED_ROWS + 1, requests)](
         user_BE, weights.first_IH, weights.bias_H, folded.weight_BKH, folded.bias_BH,
-        scalars=len(weights.first_IH) - 3 * width, E=width, H=hidden, BLOCK=block, VECTOR=vector, num_warps=8,
+        scalars=len(weights.first_IH) - 3 * width, E=width, H=hidden, BLOCK=block, ROWS=FOLDED_ROWS, VECTOR=vector,
+        CHAINED=is_chained, num_warps=4, **chain,
     )  # fmt: skip
 
 
@@ -125,26 +135,34 @@ def column_of(place, VECTOR: tl.constexpr):
 @triton.jit
 def _fold_kernel(
     user_BE, first_IH, bias_H, weight_BKH, bias_BH, scalars,
-    E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One request, BLOCK hidden units."""
-    request = tl.program_id(1)
+    """One request, BLOCK hidden units: ROWS rows of their weights, or their biases and the rows of scalars."""
+    if CHAINED:
+        gdc_launch_dependents()
     unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.arange(0, E)
-    column = column_of(place, VECTOR)
-    user = tl.load(user_BE + request * E + column).to(tl.bfloat16).to(tl.float32)[:, None]
-    at = first_IH + column[:, None] * H + unit[None, :]
-    of_user = tl.load(at).to(tl.float32)
-    of_item = tl.load(at + E * H).to(tl.float32)
-    of_product = tl.load(at + 2 * E * H).to(tl.float32)
-    bias = tl.sum(user * of_user, 0) + tl.load(bias_H + unit)
-    tl.store(bias_BH + request * H + unit, bias)
+    request = tl.program_id(2)
     out = weight_BKH + request * (E + _SCALARS) * H
-    tl.store(out + place[:, None] * H + unit[None, :], (of_item + user * of_product).to(tl.bfloat16))
-    place = tl.arange(0, _SCALARS)
-    column = column_of(place, _SCALAR_VECTOR)
-    of_scalar = tl.load(first_IH + (3 * E + column[:, None]) * H + unit[None, :], column[:, None] < scalars, 0.0)
-    tl.store(out + (E + place[:, None]) * H + unit[None, :], of_scalar)
+    if tl.program_id(1) * ROWS < E:
+        place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        column = column_of(place, VECTOR)
+        user = tl.load(user_BE + request * E + column).to(tl.bfloat16).to(tl.float32)[:, None]
+        at = first_IH + (E + column[:, None]) * H + unit[None, :]
+        of_item = tl.load(at).to(tl.float32)
+        of_product = tl.load(at + E * H).to(tl.float32)
+        tl.store(out + place[:, None] * H + unit[None, :], (of_item + user * of_product).to(tl.bfloat16))
+    else:
+        all_columns = tl.arange(0, E)
+        whole_user = tl.load(user_BE + request * E + all_columns).to(tl.bfloat16).to(tl.float32)[:, None]
+        of_user = tl.load(first_IH + all_columns[:, None] * H + unit[None, :]).to(tl.float32)
+        tl.store(bias_BH + request * H + unit, tl.sum(whole_user * of_user, 0) + tl.load(bias_H + unit))
+        last_place = tl.arange(0, _SCALARS)
+        last_column = column_of(last_place, _SCALAR_VECTOR)[:, None]
+        of_scalar = tl.load(first_IH + (3 * E + last_column) * H + unit[None, :], last_column < scalars, 0.0)
+        tl.store(out + (E + last_place[:, None]) * H + unit[None, :], of_scalar)
+    if CHAINED:
+        gdc_wait()
 
 
 @triton.jit

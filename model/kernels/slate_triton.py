@@ -1,25 +1,31 @@
 """From scores to slates on the GPU: rules, the best candidates, their order, caps; a fixed sequence of small kernels.
 
-    begin    clear the counts, mark the rows that a request excludes
-    allow    filters and bids: what an item's scores are multiplied by, or NaN
-    apply    one int32 key an item, in the utility's order; keys are counted by their upper 16 bits
-    gather   from the counts, the least key with which all keys from there on fit the pool; those keys into the pool
-    order    a candidate's place is the number of candidates above it: no sort; and it is taken where fewer than cap of
-             its group stand above it
+    ready    clear the counts, mark the rows that a request excludes; filters and bids: what an item's scores are
+             multiplied by, or NaN
+    apply    one int32 key an item, in the utility's order; keys are counted by their upper 16 bits, a bin for each
+             value (interaction_score_hopper does this as it goes)
+    bound    from the counts, the least bin with which all keys from there on fit the pool, and where each bin begins
+    gather   those keys into the pool, bin after bin
+    order    a candidate's place is the number of candidates above it: those of higher bins, and those of its own that
+             compare as higher; and it is taken where fewer than cap of its group stand above it
     within   with two caps, the same of those that were taken, in rounds
     place    a taken candidate's place in the slate is the number of taken ones above it
 
-The first two need no scores and run beside the kernels that make them.
+The first needs no scores and may run beside the kernels that make them.
 
 The meaning is that of `retrieval.select.select` with a pool that may be less than full: the keys in it are always all
-keys above some bound. Atomics add integers only, and the order in which candidates come into the pool leaves no
-trace, so equal inputs give equal slates.
+keys above some bound. Atomics add integers only, and the order in which candidates come into a bin leaves no trace, so
+equal inputs give equal slates.
 
 A key is the float's bits, made to sort as int32; INT32_MIN stands for "not allowed", below any finite number's key.
 A candidate is int64: its key above, its row, the lower the larger, below (`retrieval.select.walk_keys`).
 
 No size is read from the device, so a CUDA graph may hold the whole sequence: how many items there are, which requests
 exclude what, and the caps are numbers in device memory.
+
+A chain (`Work.is_chained`, compute capability 9 on): a kernel is launched while the one before it still runs, and waits
+for its end before it touches memory that others write. As every kernel of a chain waits, the end of one is the
+end of all before it.
 
 Legend: as in model.retrieval; P pool, X excluded rows of all requests, Q places walked.
 """
@@ -29,19 +35,21 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 NO_KEY = -(2**31)
 _NO_KEY: tl.constexpr = tl.constexpr(NO_KEY)
 _NO_CANDIDATE: tl.constexpr = tl.constexpr(-(2**63))
 _ROW_BITS: tl.constexpr = tl.constexpr(0xFFFFFFFF)
-LINES = 256
-"""Counts of keys: 256 lines of 256 bins, a bin for each value of a key's upper 16 bits, and a total of each line."""
-_LINES: tl.constexpr = tl.constexpr(LINES)
-COUNTS = LINES * LINES + LINES + LINES
-"""Counts of a request: the bins, the lines' totals, and the pool's fill and whether it holds all allowed items."""
-_COUNTS: tl.constexpr = tl.constexpr(COUNTS)
-_TOTALS: tl.constexpr = tl.constexpr(LINES * LINES)
-_FILL: tl.constexpr = tl.constexpr(LINES * LINES + LINES)
+BINS = 2**16
+_BINS: tl.constexpr = tl.constexpr(BINS)
+_HALF: tl.constexpr = tl.constexpr(BINS // 2)
+_QUARTER: tl.constexpr = tl.constexpr(BINS // 4)
+_LINE: tl.constexpr = tl.constexpr(128)
+"""Bins that are summed side by side."""
+CLEARED = 8192
+_CLEARED: tl.constexpr = tl.constexpr(CLEARED)
+"""Bins that a program clears."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +87,11 @@ class Work:
     """f32: bid ** power, NaN where the item is not allowed."""
     key_BN: torch.Tensor
     count_BC: torch.Tensor
+    """i32: keys of each bin."""
+    end_BC: torch.Tensor
+    """i32: where in the pool a bin begins, then where its next candidate goes, in the end where it ends."""
+    bound_B3: torch.Tensor
+    """i32: the least bin in the pool, how many candidates are there, and whether they are all there are."""
     pool_BP: torch.Tensor
     pool_group_CBP: torch.Tensor
     """i64: the candidates' groups, of each cap."""
@@ -87,9 +100,11 @@ class Work:
     """The same in the candidates' order."""
     take_RBP: torch.Tensor
     """i32, of the last two rounds."""
+    is_chained: bool
+    """Whether a kernel may be launched before the end of the one before."""
 
     @classmethod
-    def empty(cls, requests: int, items: int, pool: int, device: torch.device) -> "Work":
+    def empty(cls, requests: int, items: int, pool: int, device: torch.device, is_chained: bool = False) -> "Work":
         """pool: a power of two."""
 
         def room(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -97,11 +112,16 @@ class Work:
 
         return cls(
             room(torch.int32, requests, items), room(torch.float32, requests, items),
-            room(torch.int32, requests, items), room(torch.int32, requests, COUNTS),
+            room(torch.int32, requests, items), room(torch.int32, requests, BINS), room(torch.int32, requests, BINS),
+            room(torch.int32, requests, 3),
             room(torch.int64, requests, pool), room(torch.int64, 2, requests, pool),
             room(torch.int64, requests, pool), room(torch.int64, 2, requests, pool),
-            room(torch.int32, 2, requests, pool),
+            room(torch.int32, 2, requests, pool), is_chained,
         )  # fmt: skip
+
+    def chain(self) -> dict[str, bool]:
+        """How a kernel that waits for the one before it is launched."""
+        return {"CHAINED": True, "launch_pdl": True} if self.is_chained else {"CHAINED": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,26 +138,19 @@ class Placed:
     """i32, 0 or 1."""
 
 
-def begin(rules: Rules, work: Work) -> None:
-    """Clear the counts of the run before and mark excluded rows."""
-    requests, items = work.stamp_BN.shape
-    marks = triton.cdiv(len(rules.excluded_X2), 1024)
-    cleared = triton.cdiv(requests * COUNTS, 4096)
-    _begin_kernel[(marks + cleared,)](
-        rules.excluded_X2, rules.head, work.stamp_BN, work.count_BC, requests * COUNTS, items, marks, num_warps=4,
-    )  # fmt: skip
-
-
-def allow(rules: Rules, work: Work, block: int = 256, group: int = 4) -> None:
-    """Factors of all items. block, group: items and requests of a program."""
+def ready(rules: Rules, work: Work, block: int = 256, group: int = 4) -> None:
+    """Counts cleared, excluded rows marked, factors of all items. block, group: items and requests of a program."""
     requests, items = work.factor_BN.shape
     category, country, _ = rules.field_words
-    _allow_kernel[(triton.cdiv(items, block), triton.cdiv(requests, group))](
+    marks = triton.cdiv(len(rules.excluded_X2), 1024)
+    cleared = requests * BINS // CLEARED
+    tiles = triton.cdiv(items, block)
+    _ready_kernel[(marks + cleared + tiles * triton.cdiv(requests, group),)](
         rules.mask_NW, rules.eligible_N, rules.budget_N, rules.attribute_NA, rules.bid_N, rules.bid_power_B,
-        rules.required_BW, rules.forbidden_BW, rules.lower_BA, rules.upper_BA, rules.min_budget_B, rules.head,
-        work.stamp_BN, work.factor_BN, requests, work.factor_BN.stride(0), W=rules.mask_NW.shape[1],
-        SECOND_FIELD=category, THIRD_FIELD=category + country, A=rules.attribute_NA.shape[1], BLOCK=block, GROUP=group,
-        num_warps=4,
+        rules.required_BW, rules.forbidden_BW, rules.lower_BA, rules.upper_BA, rules.min_budget_B, rules.excluded_X2,
+        rules.head, work.stamp_BN, work.factor_BN, work.count_BC, requests, work.factor_BN.stride(0), marks, cleared,
+        tiles, W=rules.mask_NW.shape[1], SECOND_FIELD=category, THIRD_FIELD=category + country,
+        A=rules.attribute_NA.shape[1], BLOCK=block, GROUP=group, CHAINED=work.is_chained, num_warps=4,
     )  # fmt: skip
 
 
@@ -145,8 +158,16 @@ def apply(score_BTN: torch.Tensor, rules: Rules, work: Work, block: int = 512) -
     """Keys of all items, and their counts. score_BTN: f32. block: items of a program."""
     requests, tasks, items = score_BTN.shape
     _apply_kernel[(triton.cdiv(items, block), requests)](
-        score_BTN, score_BTN.stride(0), score_BTN.stride(1), rules.weight_BT, rules.head, work.factor_BN, work.key_BN,
-        work.count_BC, work.key_BN.stride(0), T=tasks, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+        score_BTN, score_BTN.stride(0), score_BTN.stride(1), rules.weight_BT, rules.head, work.factor_BN,
+        work.stamp_BN, work.key_BN, work.count_BC, work.key_BN.stride(0), T=tasks, BLOCK=block, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def bound(work: Work) -> None:
+    """What of the keys fits the pool, and where it goes."""
+    _bound_kernel[(len(work.key_BN),)](
+        work.count_BC, work.end_BC, work.bound_B3, POOL=work.pool_BP.shape[1], num_warps=32, **work.chain(),
     )  # fmt: skip
 
 
@@ -154,19 +175,25 @@ def gather(groups: list[torch.Tensor], rules: Rules, work: Work, block: int = 10
     """The best candidates into the pool. groups: i64 [N] of each cap."""
     requests, items = work.key_BN.shape
     _gather_kernel[(triton.cdiv(items, block), requests)](
-        work.key_BN, work.count_BC, work.pool_BP, *_two(groups, work.pool_BP), work.pool_group_CBP,
+        work.key_BN, work.end_BC, work.bound_B3, work.pool_BP, *_two(groups, work.pool_BP), work.pool_group_CBP,
         work.pool_group_CBP.stride(0), rules.head, items, CAPS=len(groups), POOL=work.pool_BP.shape[1], BLOCK=block,
-        num_warps=4,
+        num_warps=4, **work.chain(),
     )  # fmt: skip
 
 
-def order(caps: int, rules: Rules, work: Work, block: int = 16, others: int = 256, warps: int = 8) -> None:
-    """Candidates in the order of the walk, with their groups, and which of them the walk takes; certain for one cap."""
+def order(
+    caps: int, rules: Rules, work: Work, block: int = 8, others: int = 512, near: int = 128, stages: int = 1,
+    warps: int = 4,
+) -> None:  # fmt: skip
+    """Candidates in the order of the walk, with their groups, and which of them the walk takes; certain for one cap.
+
+    block: candidates of a program; others, near: candidates of higher bins, and of its own, that it looks at at a time.
+    """
     requests, pool = work.pool_BP.shape
     _order_kernel[(triton.cdiv(pool, block), requests)](
-        work.pool_BP, work.pool_group_CBP, work.count_BC, rules.head, work.ordered_BP, work.group_CBP,
-        work.take_RBP[0], work.group_CBP.stride(0), CAPS=caps, POOL=pool, BLOCK=block, OTHERS=others,
-        num_warps=warps,
+        work.pool_BP, work.pool_group_CBP, work.count_BC, work.end_BC, work.bound_B3, rules.head, work.ordered_BP,
+        work.group_CBP, work.take_RBP[0], work.group_CBP.stride(0), CAPS=caps, POOL=pool, BLOCK=block, OTHERS=others,
+        NEAR=near, STAGES=stages, num_warps=warps, **work.chain(),
     )  # fmt: skip
 
 
@@ -175,8 +202,8 @@ def within(rounds: int, rules: Rules, work: Work, block: int = 16, others: int =
     requests, pool = work.pool_BP.shape
     for number in range(1, rounds + 1):
         _within_kernel[(triton.cdiv(pool, block), requests)](
-            work.count_BC, rules.head, work.group_CBP, work.group_CBP.stride(0), work.take_RBP[(number + 1) % 2],
-            work.take_RBP[number % 2], POOL=pool, BLOCK=block, OTHERS=others, num_warps=4,
+            work.bound_B3, rules.head, work.group_CBP, work.group_CBP.stride(0), work.take_RBP[(number + 1) % 2],
+            work.take_RBP[number % 2], POOL=pool, BLOCK=block, OTHERS=others, num_warps=4, **work.chain(),
         )  # fmt: skip
 
 
@@ -185,30 +212,15 @@ def place(caps: int, walked: int, rounds: int, work: Work, placed: Placed) -> No
     requests, pool = work.pool_BP.shape
     last = rounds if caps > 1 else 0
     _place_kernel[(requests,)](
-        work.count_BC, work.ordered_BP, work.take_RBP[last % 2], work.take_RBP[(last + 1) % 2], placed.row_BQ,
+        work.bound_B3, work.ordered_BP, work.take_RBP[last % 2], work.take_RBP[(last + 1) % 2], placed.row_BQ,
         placed.utility_BQ, placed.length_B, placed.is_exact_B, placed.row_BQ.stride(0), CAPS=caps, WALKED=walked,
-        POOL=pool, ROOM=triton.next_power_of_2(walked), num_warps=16,
+        POOL=pool, ROOM=triton.next_power_of_2(walked), num_warps=16, **work.chain(),
     )  # fmt: skip
 
 
 def _two(tensors: list[torch.Tensor], other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     one, two = (*tensors, other, other)[:2]
     return one, two
-
-
-@triton.jit
-def _begin_kernel(excluded_X2, head, stamp_BN, count_BC, counts, items, marks):
-    block = tl.program_id(0)
-    if block < marks:
-        number = block * 1024 + tl.arange(0, 1024)
-        is_there = number < tl.load(head + 1)
-        row = tl.load(excluded_X2 + 2 * number, is_there, 0)
-        request = tl.load(excluded_X2 + 2 * number + 1, is_there, 0)
-        run = tl.load(head + 2)
-        tl.store(stamp_BN + request.to(tl.int64) * items + row, tl.zeros_like(row) + run, is_there)
-    else:
-        at = (block - marks) * 4096 + tl.arange(0, 4096)
-        tl.store(count_BC + at, tl.zeros([4096], tl.int32), at < counts)
 
 
 @triton.jit
@@ -244,48 +256,63 @@ def _field_allows(
     return is_clear & (has | ~is_asked)
 
 
-@triton.jit
-def _allow_kernel(
+@triton.jit(do_not_specialize=["requests", "marks", "cleared", "tiles"])
+def _ready_kernel(
     mask_NW, eligible_N, budget_N, attribute_NA, bid_N, power_B, required_BW, forbidden_BW, lower_BA, upper_BA,
-    min_budget_B, head, stamp_BN, factor_BN, requests, items,
+    min_budget_B, excluded_X2, head, stamp_BN, factor_BN, count_BC, requests, items, marks, cleared, tiles,
     W: tl.constexpr, SECOND_FIELD: tl.constexpr, THIRD_FIELD: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK items, up to GROUP requests one after the other."""
+    """Excluded rows, or counts to clear, or BLOCK items for up to GROUP requests one after the other."""
+    if CHAINED:
+        gdc_launch_dependents()
     count = tl.load(head)
     run = tl.load(head + 2)
-    first = tl.program_id(0) * BLOCK
-    if first < count:
-        row = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        is_row = row < count
-        bid = tl.load(bid_N + row, is_row, 0.0)
-        budget = tl.load(budget_N + row, is_row, 0.0)
-        is_eligible = tl.load(eligible_N + row, is_row, 0) != 0
-        last = tl.minimum(tl.program_id(1) * GROUP + GROUP, requests)
-        for number in tl.range(tl.program_id(1) * GROUP, last):
-            request = number + tl.zeros([], tl.int64)
-            allowed = is_row & is_eligible & (budget >= tl.load(min_budget_B + request))
-            allowed &= tl.load(stamp_BN + request * items + row, is_row, 0) != run
-            allowed &= _field_allows(
-                mask_NW, required_BW, forbidden_BW, row, is_row, request, W, 0, SECOND_FIELD, BLOCK
-            )
-            allowed &= _field_allows(
-                mask_NW, required_BW, forbidden_BW, row, is_row, request, W, SECOND_FIELD, THIRD_FIELD, BLOCK
-            )
-            allowed &= _field_allows(mask_NW, required_BW, forbidden_BW, row, is_row, request, W, THIRD_FIELD, W, BLOCK)
-            for attribute in tl.static_range(A):
-                value = tl.load(attribute_NA + row * A + attribute, is_row, 0.0)
-                lower = tl.zeros([BLOCK], tl.float32) + tl.load(lower_BA + request * A + attribute)
-                upper = tl.zeros([BLOCK], tl.float32) + tl.load(upper_BA + request * A + attribute)
-                is_open = (lower == float("-inf")) & (upper == float("inf"))
-                allowed &= ((value >= lower) & (value <= upper)) | is_open
-            factor = tl.where(allowed, _bid_factor(bid, tl.load(power_B + request)), float("nan"))
-            tl.store(factor_BN + request * items + row, factor, is_row)
+    program = tl.program_id(0)
+    if program < marks:
+        number = program * 1024 + tl.arange(0, 1024)
+        is_there = number < tl.load(head + 1)
+        excluded = tl.load(excluded_X2 + 2 * number, is_there, 0)
+        of_request = tl.load(excluded_X2 + 2 * number + 1, is_there, 0)
+        tl.store(stamp_BN + of_request.to(tl.int64) * items + excluded, tl.zeros_like(excluded) + run, is_there)
+    elif program < marks + cleared:
+        at = (program - marks).to(tl.int64) * _CLEARED + tl.arange(0, _CLEARED)
+        tl.store(count_BC + at, tl.zeros([_CLEARED], tl.int32))
+    else:
+        tile = (program - marks - cleared) % tiles
+        start = (program - marks - cleared) // tiles * GROUP
+        first = tile * BLOCK
+        if first < count:
+            row = (first + tl.arange(0, BLOCK)).to(tl.int64)
+            is_row = row < count
+            bid = tl.load(bid_N + row, is_row, 0.0)
+            budget = tl.load(budget_N + row, is_row, 0.0)
+            is_eligible = tl.load(eligible_N + row, is_row, 0) != 0
+            for number in tl.range(start, tl.minimum(start + GROUP, requests)):
+                request = number + tl.zeros([], tl.int64)
+                allowed = is_row & is_eligible & (budget >= tl.load(min_budget_B + request))
+                allowed &= _field_allows(
+                    mask_NW, required_BW, forbidden_BW, row, is_row, request, W, 0, SECOND_FIELD, BLOCK
+                )
+                allowed &= _field_allows(
+                    mask_NW, required_BW, forbidden_BW, row, is_row, request, W, SECOND_FIELD, THIRD_FIELD, BLOCK
+                )
+                allowed &= _field_allows(
+                    mask_NW, required_BW, forbidden_BW, row, is_row, request, W, THIRD_FIELD, W, BLOCK
+                )
+                for attribute in tl.static_range(A):
+                    value = tl.load(attribute_NA + row * A + attribute, is_row, 0.0)
+                    lower = tl.zeros([BLOCK], tl.float32) + tl.load(lower_BA + request * A + attribute)
+                    upper = tl.zeros([BLOCK], tl.float32) + tl.load(upper_BA + request * A + attribute)
+                    is_open = (lower == float("-inf")) & (upper == float("inf"))
+                    allowed &= ((value >= lower) & (value <= upper)) | is_open
+                factor = tl.where(allowed, _bid_factor(bid, tl.load(power_B + request)), float("nan"))
+                tl.store(factor_BN + request * items + row, factor, is_row)
 
 
 @triton.jit
 def _apply_kernel(
-    score_BTN, score_stride_b, score_stride_t, weight_BT, head, factor_BN, key_BN, count_BC, items,
+    score_BTN, score_stride_b, score_stride_t, weight_BT, head, factor_BN, stamp_BN, key_BN, count_BC, items,
     T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(head)
@@ -295,67 +322,91 @@ def _apply_kernel(
         row = first + tl.arange(0, BLOCK)
         is_row = row < count
         factor = tl.load(factor_BN + request * items + row, is_row, float("nan"))
+        is_free = tl.load(stamp_BN + request * items + row, is_row, 0) != tl.load(head + 2)
         utility = tl.zeros([BLOCK], tl.float32)
         for task in tl.static_range(T):
             at = score_BTN + request * score_stride_b + task * score_stride_t
             utility += tl.load(at + row, is_row, 0.0) * tl.load(weight_BT + request * T + task)
         utility = utility * factor + 0.0  # the sum makes -0.0 to 0.0
-        allowed = tl.abs(utility) < float("inf")
+        allowed = (tl.abs(utility) < float("inf")) & is_free
         bits = utility.to(tl.int32, bitcast=True)
         key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         key = tl.where(allowed, key, _NO_KEY)
         tl.store(key_BN + request * items + row, key, is_row)
-        place = (key >> 16) + 32768
-        counts = count_BC + request * _COUNTS
-        tl.atomic_add(counts + place, tl.full([BLOCK], 1, tl.int32), allowed, sem="relaxed")
-        line = tl.arange(0, _LINES)
-        total = tl.histogram(tl.where(allowed, place // _LINES, 0), _LINES)
-        # Line 0, of numbers below -2**126 and of what is not allowed, needs no total.
-        tl.atomic_add(counts + _TOTALS + line, total, (total > 0) & (line > 0), sem="relaxed")
+        at = count_BC + request * _BINS + (key >> 16) + _HALF
+        tl.atomic_add(at, tl.full([BLOCK], 1, tl.int32), allowed, sem="relaxed")
 
 
 @triton.jit
-def _bound(counts, POOL: tl.constexpr):
-    """The least bin from which on all keys fit the pool, how many they are, and whether they are all there are."""
-    place = tl.arange(0, _LINES)
-    total = tl.load(counts + _TOTALS + place)
-    line = tl.max(tl.where(tl.cumsum(total, 0, reverse=True) > POOL, place, 0), 0)
-    above = tl.sum(tl.where(place > line, total, 0), 0)
-    number = tl.load(counts + line * _LINES + place)
-    fits = above + tl.cumsum(number, 0, reverse=True) <= POOL
-    least = tl.min(tl.where(fits, place, _LINES), 0)
-    fill = above + tl.sum(tl.where(place >= least, number, 0), 0)
-    return line * _LINES + least, fill, (line == 0) & (least == 0)
+def _begin_bins(number, end, above, POOL: tl.constexpr):
+    """Where some bins begin in the pool, of their counts [lines, bins of a line] and how many are in higher bins.
+
+    Gives how many are there in the end, how many candidates of these bins come into the pool, and how many bins fit.
+    """
+    total = tl.sum(number, 1)
+    from_line = above + tl.cumsum(total, 0, reverse=True)
+    start = (from_line - total)[:, None] + tl.cumsum(number, 1, reverse=True) - number
+    fits = start + number <= POOL
+    place = tl.arange(0, number.shape[0])[:, None] * number.shape[1] + tl.arange(0, number.shape[1])[None, :]
+    tl.store(end + place, start, fits & (number > 0))
+    fill = tl.sum(tl.sum(tl.where(fits, number, 0), 1), 0)
+    return above + tl.sum(total, 0), fill, tl.sum(tl.sum(fits.to(tl.int32), 1), 0)
+
+
+@triton.jit
+def _bound_kernel(count_BC, end_BC, bound_B3, POOL: tl.constexpr, CHAINED: tl.constexpr):
+    """One request. The bins of negative keys are looked at where all others fit."""
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    request = tl.program_id(0).to(tl.int64)
+    count = count_BC + request * _BINS
+    end = end_BC + request * _BINS
+    place = tl.arange(0, _QUARTER // _LINE)[:, None] * _LINE + tl.arange(0, _LINE)[None, :]
+    upper = tl.load(count + 3 * _QUARTER + place)
+    lower = tl.load(count + 2 * _QUARTER + place)
+    above, fill, fitting = _begin_bins(upper, end + 3 * _QUARTER, 0, POOL)
+    above, of_lower, more = _begin_bins(lower, end + 2 * _QUARTER, above, POOL)
+    fill += of_lower
+    fitting += more
+    if fitting == 2 * _QUARTER:
+        upper = tl.load(count + _QUARTER + place)
+        lower = tl.load(count + place)
+        above, of_upper, more = _begin_bins(upper, end + _QUARTER, above, POOL)
+        fill += of_upper
+        fitting += more
+        above, of_lower, more = _begin_bins(lower, end, above, POOL)
+        fill += of_lower
+        fitting += more
+    tl.store(bound_B3 + request * 3, -fitting + _BINS)
+    tl.store(bound_B3 + request * 3 + 1, fill)
+    tl.store(bound_B3 + request * 3 + 2, (fitting == _BINS).to(tl.int32))
 
 
 @triton.jit
 def _gather_kernel(
-    key_BN, count_BC, pool_BP, group_N, other_group_N, pool_group_CBP, group_stride, head, items,
-    CAPS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
+    key_BN, end_BC, bound_B3, pool_BP, group_N, other_group_N, pool_group_CBP, group_stride, head, items,
+    CAPS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     request = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK
     count = tl.load(head)
-    if first < tl.maximum(count, 1):
-        counts = count_BC + request * _COUNTS
-        bound, _, has_all = _bound(counts, POOL)
-        if tl.program_id(0) == 0:
-            tl.store(counts + _FILL + 1, has_all.to(tl.int32))
+    if first < count:
         row = first + tl.arange(0, BLOCK)
         key = tl.load(key_BN + request * items + row, row < count, _NO_KEY)
-        is_in = (key != _NO_KEY) & ((key >> 16) + 32768 >= bound)
-        ones = is_in.to(tl.int32)
-        number = tl.sum(ones, 0)
-        if number > 0:
-            at = tl.atomic_add(counts + _FILL, number, sem="relaxed") + tl.cumsum(ones, 0) - ones
-            candidate = (key.to(tl.int64) << 32) | (row.to(tl.int64) ^ _ROW_BITS)
-            is_in &= at < POOL
-            at += request * POOL
-            tl.store(pool_BP + at, candidate, is_in)
-            if CAPS > 0:
-                tl.store(pool_group_CBP + at, tl.load(group_N + row, is_in, -1), is_in)
-            if CAPS > 1:
-                tl.store(pool_group_CBP + group_stride + at, tl.load(other_group_N + row, is_in, -1), is_in)
+        bin_ = (key >> 16) + _HALF
+        is_in = (key != _NO_KEY) & (bin_ >= tl.load(bound_B3 + request * 3))
+        at = tl.atomic_add(end_BC + request * _BINS + bin_, tl.full([BLOCK], 1, tl.int32), is_in, sem="relaxed")
+        at += request * POOL
+        candidate = (key.to(tl.int64) << 32) | (row.to(tl.int64) ^ _ROW_BITS)
+        tl.store(pool_BP + at, candidate, is_in)
+        if CAPS > 0:
+            tl.store(pool_group_CBP + at, tl.load(group_N + row, is_in, -1), is_in)
+        if CAPS > 1:
+            tl.store(pool_group_CBP + group_stride + at, tl.load(other_group_N + row, is_in, -1), is_in)
 
 
 @triton.jit
@@ -365,11 +416,16 @@ def _row_of(candidate):
 
 @triton.jit
 def _order_kernel(
-    pool_BP, pool_group_CBP, count_BC, head, ordered_BP, group_CBP, take_BP, group_stride,
-    CAPS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+    pool_BP, pool_group_CBP, count_BC, end_BC, bound_B3, head, ordered_BP, group_CBP, take_BP, group_stride,
+    CAPS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, NEAR: tl.constexpr,
+    STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK places of the pool: what is before the first one's bin is above, what is past the last one's is not."""
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     request = tl.program_id(1).to(tl.int64)
-    fill = tl.minimum(tl.load(count_BC + request * _COUNTS + _FILL), POOL)
+    fill = tl.load(bound_B3 + request * 3 + 1)
     first = tl.program_id(0) * BLOCK
     if first < fill:
         pool = pool_BP + request * POOL
@@ -377,29 +433,45 @@ def _order_kernel(
         number = first + tl.arange(0, BLOCK)
         is_there = number < fill
         mine = tl.load(pool + number, is_there, _NO_CANDIDATE)
-        above = tl.zeros([BLOCK, OTHERS], tl.int32)
+        highest = request * _BINS + (tl.load(pool + first) >> 48) + _HALF
+        lowest = request * _BINS + (tl.load(pool + tl.minimum(first + BLOCK, fill) - 1) >> 48) + _HALF
+        begin = tl.load(end_BC + highest) - tl.load(count_BC + highest)
+        end = tl.load(end_BC + lowest)
+        before = tl.zeros([BLOCK], tl.int32)
+        before_other = tl.zeros([BLOCK], tl.int32)
         if CAPS > 0:
             my_group = tl.load(group + number, is_there, -1)
             in_group = tl.zeros([BLOCK, OTHERS], tl.int32)
-        if CAPS > 1:
-            my_other = tl.load(group + group_stride + number, is_there, -1)
-            in_other = tl.zeros([BLOCK, OTHERS], tl.int32)
-        for start in tl.range(0, fill, OTHERS):
-            other = start + tl.arange(0, OTHERS)
-            is_above = tl.load(pool + other, other < fill, _NO_CANDIDATE)[None, :] > mine[:, None]
-            above += is_above.to(tl.int32)
-            if CAPS > 0:
-                theirs = tl.load(group + other, other < fill, -1)
-                in_group += (is_above & (theirs[None, :] == my_group[:, None])).to(tl.int32)
             if CAPS > 1:
-                theirs = tl.load(group + group_stride + other, other < fill, -1)
-                in_other += (is_above & (theirs[None, :] == my_other[:, None])).to(tl.int32)
-        at = request * POOL + tl.sum(above, 1)
+                my_other = tl.load(group + group_stride + number, is_there, -1)
+                in_other = tl.zeros([BLOCK, OTHERS], tl.int32)
+            for start in tl.range(0, begin, OTHERS, num_stages=STAGES):
+                other = start + tl.arange(0, OTHERS)
+                theirs = tl.load(group + other, other < begin, -2)
+                in_group += (theirs[None, :] == my_group[:, None]).to(tl.int32)
+                if CAPS > 1:
+                    theirs = tl.load(group + group_stride + other, other < begin, -2)
+                    in_other += (theirs[None, :] == my_other[:, None]).to(tl.int32)
+            before = tl.sum(in_group, 1)
+            if CAPS > 1:
+                before_other = tl.sum(in_other, 1)
+        above = tl.zeros([BLOCK], tl.int32) + begin
+        for start in tl.range(begin, end, NEAR):
+            other = start + tl.arange(0, NEAR)
+            is_above = tl.load(pool + other, other < end, _NO_CANDIDATE)[None, :] > mine[:, None]
+            above += tl.sum(is_above.to(tl.int32), 1)
+            if CAPS > 0:
+                theirs = tl.load(group + other, other < end, -2)
+                before += tl.sum((is_above & (theirs[None, :] == my_group[:, None])).to(tl.int32), 1)
+            if CAPS > 1:
+                theirs = tl.load(group + group_stride + other, other < end, -2)
+                before_other += tl.sum((is_above & (theirs[None, :] == my_other[:, None])).to(tl.int32), 1)
+        at = request * POOL + above
         tl.store(ordered_BP + at, mine, is_there)
         if CAPS > 0:
-            take = (tl.sum(in_group, 1) < tl.load(head + 3)) | (my_group < 0)
+            take = (before < tl.load(head + 3)) | (my_group < 0)
             if CAPS > 1:
-                take &= (tl.sum(in_other, 1) < tl.load(head + 4)) | (my_other < 0)
+                take &= (before_other < tl.load(head + 4)) | (my_other < 0)
                 tl.store(group_CBP + at, my_group, is_there)
                 tl.store(group_CBP + group_stride + at, my_other, is_there)
             tl.store(take_BP + at, take.to(tl.int32), is_there)
@@ -407,11 +479,14 @@ def _order_kernel(
 
 @triton.jit
 def _within_kernel(
-    count_BC, head, group_CBP, group_stride, before_BP, take_BP,
-    POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+    bound_B3, head, group_CBP, group_stride, before_BP, take_BP,
+    POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     request = tl.program_id(1).to(tl.int64)
-    fill = tl.minimum(tl.load(count_BC + request * _COUNTS + _FILL), POOL)
+    fill = tl.load(bound_B3 + request * 3 + 1)
     first = tl.program_id(0) * BLOCK
     if first < fill:
         number = first + tl.arange(0, BLOCK)
@@ -435,13 +510,15 @@ def _within_kernel(
 
 @triton.jit
 def _place_kernel(
-    count_BC, ordered_BP, take_BP, before_BP, row_BQ, utility_BQ, length_B, is_exact_B, stride,
-    CAPS: tl.constexpr, WALKED: tl.constexpr, POOL: tl.constexpr, ROOM: tl.constexpr,
+    bound_B3, ordered_BP, take_BP, before_BP, row_BQ, utility_BQ, length_B, is_exact_B, stride,
+    CAPS: tl.constexpr, WALKED: tl.constexpr, POOL: tl.constexpr, ROOM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     request = tl.program_id(0).to(tl.int64)
-    counts = count_BC + request * _COUNTS
-    fill = tl.minimum(tl.load(counts + _FILL), POOL)
-    has_all = tl.load(counts + _FILL + 1) != 0
+    fill = tl.load(bound_B3 + request * 3 + 1)
+    has_all = tl.load(bound_B3 + request * 3 + 2) != 0
     number = tl.arange(0, POOL)
     is_there = number < fill
     candidate = tl.load(ordered_BP + request * POOL + number, is_there, _NO_CANDIDATE)

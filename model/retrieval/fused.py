@@ -1,8 +1,8 @@
 """Retrieval of a batch on the GPU as one CUDA graph of few kernels; the answers are those of `Retrieval.search`.
 
     FusedSearch     one table, kind of plan and batch size: its graph reads the table where it lies, on a stream lent
-                    for the run (`streams`). A batch is written into page-locked memory as one block and copied by one
-                    transfer; the slates come back by another. What the kernels leave undone is told by `is_exact_B`
+                    for the run (`streams`). A batch is written into page-locked memory as one block; the graph begins
+                    with its copy and ends with the slates'. What the kernels leave undone is told by `is_exact_B`
     FusedSearches   those of an index, made as they are needed, each for one thread at a time; where an answer was not
                     exact, the utilities are still there and `select_exactly` walks them
 
@@ -12,12 +12,13 @@ bfloat16, int8 and float8 rows, by their own kernels; any other scorer as it is,
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-import triton
 
 from model.errors import IndexBusy, ShapeError
 from model.kernels import slate_triton as slate
@@ -28,7 +29,7 @@ from model.retrieval.index import ItemTable, Retrieval
 from model.retrieval.rules import MAX_RESULTS, Plan, Requests
 from model.retrieval.scorer import DotScorer, InteractionScorer
 from model.retrieval.select import LEAST_POOL, POOL_PER_RESULT, ROUNDS, Found, drawn, first_places, select_exactly
-from model.retrieval.streams import lent
+from model.retrieval.streams import captured, lent
 
 POOL_WITHOUT_CAPS = 2
 """Room in the pool for each item the walk has to find, where nothing is skipped: keys come in by whole bins."""
@@ -41,15 +42,13 @@ MOST_BYTES = 2**31
 MOST_SEARCHES = 64
 """FusedSearches kept of an index; the one not used for longest goes."""
 ALIGNMENT = 256
-_CAPTURING = threading.Lock()
-"""A capture begins by waiting for the whole device, which no other capture survives: one at a time."""
 
 
 class Block:
     """A batch's numbers side by side: the same parts in page-locked memory and on the device."""
 
     def __init__(self, parts: dict[str, tuple[torch.dtype, tuple[int, ...]]], device: torch.device) -> None:
-        """parts: dtype and shape of each, the one that is rarely full last."""
+        """parts: dtype and shape of each."""
         self._start: dict[str, int] = {}
         size = 0
         for name, (dtype, shape) in parts.items():
@@ -57,8 +56,7 @@ class Block:
             size += -(-dtype.itemsize * int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT
         self.here_bytes = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.there_bytes = self.here_bytes if device.type == "cpu" else torch.zeros_like(self.here_bytes, device=device)
-        self.here = self._views(self.here_bytes, parts)
-        self.here_arrays = {name: part.numpy() for name, part in self.here.items()}
+        self.here = {name: part.numpy() for name, part in self._views(self.here_bytes, parts).items()}
         self.there = self._views(self.there_bytes, parts)
 
     def _views(
@@ -70,12 +68,10 @@ class Block:
             views[name] = memory[start : start + dtype.itemsize * int(np.prod(shape))].view(dtype).view(shape)
         return views
 
-    def send(self, last: str, count: int) -> None:
-        """Copy to the device, of the part `last` only the first `count` rows."""
-        part = self.here[last]
-        end = self._start[last] + count * part.element_size() * part[:1].numel()
+    def send(self) -> None:
+        """Copy all to the device."""
         if self.there_bytes is not self.here_bytes:
-            self.there_bytes[:end].copy_(self.here_bytes[:end], non_blocking=True)
+            self.there_bytes.copy_(self.here_bytes, non_blocking=True)
 
     def fetch(self) -> None:
         """Copy all from the device."""
@@ -119,7 +115,8 @@ class FusedSearch:
                 "length": (torch.int32, (requests,)), "is_exact": (torch.int32, (requests,)),
             }, device,
         )  # fmt: skip
-        self.work = slate.Work.empty(requests, table.capacity, pool_of(plan), device)
+        is_chained = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        self.work = slate.Work.empty(requests, table.capacity, pool_of(plan), device, is_chained)
         self.run = 0
         self.weights = interaction_weights(retrieval.scorer, table)
         self.score_BTN = torch.empty(requests, shape.tasks, table.capacity, device=device)
@@ -127,6 +124,7 @@ class FusedSearch:
         if self.weights is not None:
             self._check_tasks(len(self.weights.out_bias_T))
             self.folded = Folded.empty(requests, self.weights, layout.embedding_dim, table.capacity)
+            self.is_hopper = hopper is not None and hopper.fits(table.items(), self.weights)
         elif self.is_dot:
             self._check_tasks(1)
         there = self.asked.there
@@ -139,57 +137,47 @@ class FusedSearch:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # which fills the memory; runs are on other streams
 
-    def launch(self, side: torch.cuda.Stream | None = None) -> None:
-        """All kernels of a run, on the current stream. side: another one, for what may run beside the scores."""
-        self.launch_scores_beside_filters(side)
+    def launch(self) -> None:
+        """A run, on the current stream: the batch to the device, its slates back."""
+        self.asked.send()
+        self.launch_kernels()
+        self.found.fetch()
+
+    def launch_kernels(self) -> None:
+        """All between the copies."""
+        slate.ready(self.rules, self.work)
+        self.launch_scores()
         self.launch_selection()
 
-    def launch_scores_beside_filters(self, side: torch.cuda.Stream | None) -> None:
-        """Scores, and beside them what needs none: clearing of counts, excluded rows, filters."""
-        if side is None:
-            self.launch_filters()
-            self.launch_scores()
-            return
-        main = torch.cuda.current_stream(self.table.device)
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            self.launch_filters()
-        self.launch_scores()
-        main.wait_stream(side)
-
-    def launch_filters(self) -> None:
-        """What each request is allowed of the items."""
-        slate.begin(self.rules, self.work)
-        slate.allow(self.rules, self.work)
-
     def launch_scores(self) -> None:
-        """score_BTN of the batch's users."""
+        """score_BTN of the batch's users, and the keys they make."""
         user_BE, count = self.asked.there["user"], self.asked.there["head"]
         if self.weights is not None:
-            items = self.table.items()
-            fold(user_BE, self.weights, self.folded, vector_of(items.embedding_NE))
+            items, chained = self.table.items(), self.is_hopper and self.folded.dot_B1N is None and self.work.is_chained
+            fold(user_BE, self.weights, self.folded, vector_of(items.embedding_NE), is_chained=chained)
             if self.folded.dot_B1N is not None:
                 dot_scores(user_BE, items, self.folded.dot_B1N, count)
-            if hopper is not None and hopper.fits(items, self.weights):
-                hopper.score(self.folded, items, self.weights, self.score_BTN, count)
-            else:
-                score(self.folded, items, self.weights, self.score_BTN, count)
+            if self.is_hopper:
+                hopper.score(self.folded, items, self.weights, self.score_BTN, count, (self.rules, self.work))
+                return
+            score(self.folded, items, self.weights, self.score_BTN, count)
         elif self.is_dot:
             dot_scores(user_BE, self.table.items(), self.score_BTN, count)
         else:
             self.score_BTN = self.retrieval.scorer(user_BE, self.table.features(slice(None)))
             self._check_tasks(self.score_BTN.shape[1])
+        slate.apply(self.score_BTN, self.rules, self.work)
 
     def _check_tasks(self, tasks: int) -> None:
         if tasks != self.shape.tasks:
             raise ShapeError(f"the scorer has {tasks} tasks, the requests weigh {self.shape.tasks}")
 
     def launch_selection(self) -> None:
-        """Slates from the scores."""
+        """Slates from the keys."""
         plan, found = self.shape.plan, self.found.there
         columns = {"advertiser": self.table.advertiser_N, "category": self.table.category_N}
         groups = [columns[name] for name in plan.caps]
-        slate.apply(self.score_BTN, self.rules, self.work)
+        slate.bound(self.work)
         slate.gather(groups, self.rules, self.work)
         slate.order(len(groups), self.rules, self.work)
         if len(groups) > 1:
@@ -208,23 +196,13 @@ class FusedSearch:
         found["utility"][:, : plan.k] = utility_BQ.gather(1, place_BK).masked_fill(~is_taken_BK, -torch.inf)
         found["length"].copy_(is_taken_BK.sum(1))
 
-    @torch.inference_mode()
     def capture(self) -> None:
-        """Make the CUDA graph, on a GPU. Other threads may use the device meanwhile, but not wait for all of it.
+        """Make the CUDA graph of a run, on a GPU."""
+        self.graph = self.captured(self.launch)
 
-        Both streams are this thread's alone from before the capture begins until after it ends.
-        """
-        device = self.table.device
-        if device.type != "cuda":
-            return
-        with _CAPTURING, lent(device) as stream, lent(device) as side:
-            with torch.cuda.stream(stream):
-                self.launch(side)  # compiles
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self.launch(side)
-            self.graph = graph
+    def captured(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """The CUDA graph of a launch; None on the CPU."""
+        return captured(self.table.device, launch)
 
     def fill(self, user_BE: torch.Tensor, asked: Requests, items: int, plan: Plan) -> None:
         """Write a batch, on the CPU, into the page-locked memory; requests that it lacks get nothing."""
@@ -239,10 +217,10 @@ class FusedSearch:
             self.work.stamp_BN.zero_()
             self.run = 0
         self.run += 1
-        here = self.asked.here_arrays
+        here = self.asked.here
         caps = list(plan.caps.values())
         here["head"][: 3 + len(caps)] = [items, excluded, self.run, *caps]
-        self.asked.here["user"][:count] = user_BE
+        here["user"][:count] = user_BE.float().numpy()
         for name, value in (
             ("weight", asked.weight_BT), ("bid_power", asked.bid_power_B), ("required", asked.required_BW),
             ("forbidden", asked.forbidden_BW), ("lower", asked.lower_BA), ("upper", asked.upper_BA),
@@ -253,7 +231,6 @@ class FusedSearch:
         here["excluded"][:excluded, 0] = asked.excluded_X.numpy()
         here["excluded"][:excluded, 1] = asked.excluded_of_X.numpy()
 
-    @torch.inference_mode()
     def search(self, user_BE: torch.Tensor, asked: Requests, items: int, plan: Plan | None = None) -> Found:
         """The slates of a batch, on the CPU; exact where `is_exact_B`. items: rows of the table that are in use.
 
@@ -261,19 +238,20 @@ class FusedSearch:
         """
         plan = plan or self.shape.plan
         user_BE = user_BE.cpu()  # on the caller's stream
-        with lent(self.table.device) as stream, torch.cuda.stream(stream):
+        with lent(self.table.device) as stream:
             self.fill(user_BE, asked, items, plan)
-            self.asked.send("excluded", len(asked.excluded_X))
-            if self.graph is not None:
-                self.graph.replay()
-            else:
-                self.launch()
-            self.found.fetch()
+            with torch.cuda.stream(stream):
+                if self.graph is not None:
+                    self.graph.replay()
+                else:
+                    with torch.inference_mode():
+                        self.launch()
         count, k, here = len(asked), plan.k, self.found.here
-        return Found(
-            here["row"][:count, :k].long(), here["utility"][:count, :k].clone(),
-            here["length"][:count].clamp_max(k).long(), here["is_exact"][:count] != 0,
+        found = (
+            here["row"][:count, :k].astype(np.int64), here["utility"][:count, :k].copy(),
+            np.minimum(here["length"][:count], k).astype(np.int64), here["is_exact"][:count] != 0,
         )  # fmt: skip
+        return Found(*map(torch.from_numpy, found))
 
     def utilities(self, items: int) -> tuple[torch.Tensor, torch.Tensor]:
         """utility_BN, 0 where not allowed, and allowed_BN, of the batch just searched; on the table's device."""
@@ -373,6 +351,7 @@ class FusedSearches:
                     del self._free[oldest]
 
 
+@lru_cache(1024)
 def kind_of(plan: Plan) -> Plan:
     """The plan whose graph answers this one too: more results begin with the fewer, caps are numbers on the device."""
     caps = dict.fromkeys((f"{name}_cap" for name in plan.caps), 1)
@@ -396,14 +375,12 @@ def most_requests(table: ItemTable) -> int:
 
 def _power(number: int) -> int:
     """The least power of two that is not below."""
-    return int(triton.next_power_of_2(max(1, number)))
+    return 1 << max(0, number - 1).bit_length()
 
 
 def pool_of(plan: Plan) -> int:
     """Candidates the kernels look at, a power of two."""
-    return int(
-        triton.next_power_of_2(max(LEAST_POOL, plan.walked * (POOL_PER_RESULT if plan.caps else POOL_WITHOUT_CAPS)))
-    )
+    return _power(max(LEAST_POOL, plan.walked * (POOL_PER_RESULT if plan.caps else POOL_WITHOUT_CAPS)))
 
 
 def interaction_weights(scorer: Any, table: ItemTable) -> InteractionWeights | None:

@@ -14,10 +14,13 @@ A row belongs to one item for the life of an index: an item deleted and brought 
 in the order in which items came. Rebuild the index and swap it in to drop the rows of items that are gone.
 """
 
+import copy
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,15 +38,12 @@ from model.retrieval.streams import lent
 
 if TYPE_CHECKING:
     from model.retrieval.fused import FusedSearches
+    from model.retrieval.movers import RowMover
 
 GROWTH = 1.5
 WAIT_S = 5.0
 """Longest an update waits for requests that still read the table it is to be written into."""
 _CODED, _CODED_FROM = ("code", "scalar", "scale"), "feature"
-MOST_STAGED_BYTES = 2**25
-"""Of an update that goes to the device as one block of page-locked memory, which PyTorch keeps; a larger one goes
-column by column from where it lies."""
-ALIGNMENT = 16
 
 
 class ItemTable(nn.Module):
@@ -76,6 +76,8 @@ class ItemTable(nn.Module):
             raise ShapeError(f"rows must be float32, bfloat16, float64, int8 or float8_e4m3fn, got {dtype}")
         self.layout = layout
         self.dtype = dtype
+        self.capacity = capacity
+        """Rows there is room for."""
         self.feedback_EE: torch.Tensor | None = None
         """How int8 and float8 rows are rounded, see `rounding.coded`."""
         self.count = 0
@@ -99,16 +101,16 @@ class ItemTable(nn.Module):
         room("budget_N", None, 0, torch.float32)
         room("eligible_N", None, False, torch.bool)
         room("is_there_N", None, False, torch.bool)
-
-    @property
-    def capacity(self) -> int:
-        """Rows there is room for."""
-        return len(self.bid_N)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the buffers are."""
-        return self.bid_N.device
+        self.device = self.bid_N.device
+        self.buffer_of = dict(self.named_buffers())
+        """By name; to look one up in a module is slow, and updates do it much."""
+        self._column_of = {name: name.rpartition("_")[0] for name in self.buffer_of}
+        self.place_of = {
+            name: (buffer.data_ptr(), math.prod(buffer.shape[1:]) * buffer.element_size())
+            for name, buffer in self.buffer_of.items()
+        }
+        """Address, and bytes of a row."""
+        self.bytes_a_row = sum(width for _, width in self.place_of.values())
 
     def items(self) -> ItemFeatures:
         """What kernels read of all rows, in place."""
@@ -137,14 +139,22 @@ class ItemTable(nn.Module):
         found: list[bool] = self.is_there_N[torch.tensor(rows, dtype=torch.int64, device=self.device)].tolist()
         return found
 
+    @torch.no_grad()
     def write(self, row_R: torch.Tensor, columns: dict[str, torch.Tensor]) -> None:
         """Write rows of some columns, named without their axes; all on the table's device. row_R: i64, each once."""
+        for name, value in self.stored(columns).items():
+            self.buffer_of[name].index_copy_(0, row_R, value)
+
+    def stored(self, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Columns, named without their axes, as the buffers keep them, by the buffers' names; where they are."""
         if self.dtype in LARGEST_CODE and "feature" in columns:
             columns = columns | self._coded(columns["feature"].float())
-        for name, buffer in self.named_buffers():
-            value = columns.get(name.rpartition("_")[0])
-            if value is not None:
-                buffer.index_copy_(0, row_R, value.to(buffer.dtype))
+        there = {name: columns.get(column) for name, column in self._column_of.items()}
+        # Only what needs a cast is asked for one: another thread may come in at every call into PyTorch.
+        return {
+            name: value if value.dtype == self.buffer_of[name].dtype else value.to(self.buffer_of[name].dtype)
+            for name, value in there.items() if value is not None
+        }  # fmt: skip
 
     def _coded(self, feature_RF: torch.Tensor) -> dict[str, torch.Tensor]:
         width = self.layout.embedding_dim
@@ -156,11 +166,15 @@ class ItemTable(nn.Module):
 
         row_R: i64, on the tables' device.
         """
-        for name, buffer in self.named_buffers():
-            column = name.rpartition("_")[0]
-            if (_CODED_FROM if column in _CODED else column) not in columns:
-                continue
-            buffer.index_copy_(0, row_R, source.get_buffer(name)[row_R])
+        for name in self.changed_with(columns):
+            self.buffer_of[name].index_copy_(0, row_R, source.buffer_of[name][row_R])
+
+    def changed_with(self, columns: Set[str]) -> list[str]:
+        """The buffers that a write of these columns, named as for `write`, sets."""
+        return [
+            name for name, column in self._column_of.items()
+            if (_CODED_FROM if column in _CODED else column) in columns
+        ]  # fmt: skip
 
     def grown(self, capacity: int) -> "ItemTable":
         """A table of more room with the same rows."""
@@ -170,37 +184,6 @@ class ItemTable(nn.Module):
             table.get_buffer(name)[: self.capacity].copy_(buffer)
         table.count = self.count
         return table
-
-
-def packed(values: dict[str, torch.Tensor], is_pinned: bool) -> torch.Tensor:
-    """The tensors, on the CPU, side by side: u8, in page-locked memory or not."""
-    size = sum(_aligned(value.nbytes) for value in values.values())
-    block = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
-    for name, part in unpacked(block, values).items():
-        part.copy_(values[name])
-    return block
-
-
-def unpacked(block: torch.Tensor, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Views of what `packed` made of such tensors, wherever the block is."""
-    parts, start = {}, 0
-    for name, value in values.items():
-        parts[name] = block[start : start + value.nbytes].view(value.dtype).view(value.shape)
-        start += _aligned(value.nbytes)
-    return parts
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def sent(values: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Tensors of the CPU on a device, by one copy where they are few; ready on the current stream."""
-    if device.type == "cpu":
-        return values
-    if sum(value.nbytes for value in values.values()) > MOST_STAGED_BYTES:
-        return {name: value.to(device) for name, value in values.items()}
-    return unpacked(packed(values, is_pinned=True).to(device, non_blocking=True), values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +298,15 @@ class Applied:
     revision: int
 
 
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """Rows of some columns, named without their axes, that are to be taken over from another table."""
+
+    row_R: NDArray[np.int64]
+    """Each once."""
+    columns: Set[str]
+
+
 @dataclass(eq=False, slots=True)
 class _Side:
     """One of the two tables."""
@@ -322,9 +314,8 @@ class _Side:
     table: ItemTable
     revision: int = 0
     readers: int = 0
-    behind_R: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    """Rows that the other side has newer, of the columns `behind`."""
-    behind: Set[str] = frozenset()
+    behind: list[Behind] = field(default_factory=list)
+    """What the other side has newer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +324,40 @@ class Pinned:
 
     table: ItemTable
     revision: int
+
+
+class Ids:
+    """Item ids by row, in an array, of which many are picked at once; it grows as a list does.
+
+    What is read while another thread extends it is there already, in the old memory or the new.
+    """
+
+    def __init__(self) -> None:
+        self._id_N = np.empty(16, object)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def of(self, rows: slice | list[int] | NDArray[np.int64]) -> list[Any]:
+        """Ids of rows, each below the length."""
+        found: list[Any] = self._id_N[rows].tolist()
+        return found
+
+    def extend(self, ids: list[Any]) -> None:
+        """Ids of the rows that follow."""
+        count = self._count + len(ids)
+        if count > len(self._id_N):
+            grown = np.empty(max(count, 2 * len(self._id_N)), object)
+            grown[: self._count] = self._id_N[: self._count]
+            self._id_N = grown
+        self._id_N[self._count : count] = ids
+        self._count = count
+
+    def cut(self, count: int) -> None:
+        """Forget the rows from count on."""
+        self._id_N[count : self._count] = None
+        self._count = count
 
 
 class LiveIndex:
@@ -347,6 +372,8 @@ class LiveIndex:
     ) -> None:  # fmt: skip
         """rows: the first items, in the order of their rows. capacity: rows there is room for; it grows by itself.
 
+        scorer: the index takes a copy to its device; the caller's stays as it is.
+
         dtype: of embeddings and scalars; see `ItemTable`. fused: whether batches are answered by the kernels of
         `fused.py`; by default on a GPU. users: float [U, E], a sample of the release's user embeddings, some hundreds;
         int8 and float8 rows are then rounded so that the scorer's scores of such users are off least (`rounding`).
@@ -357,7 +384,7 @@ class LiveIndex:
         if (version := getattr(scorer, "embedding_version", None)) is not None:
             check_version("a scorer", version, self.embedding_version)
         self.layout = rows.layout
-        self.retrieval = Retrieval(rows.layout, scorer).to(device).eval()
+        self.retrieval = Retrieval(rows.layout, copy.deepcopy(scorer)).to(device).eval()
         room = max(len(rows), capacity or 0, 1)
         tables = [ItemTable(rows.layout, room, dtype=dtype, device=device) for _ in range(2)]
         if users is not None and dtype in LARGEST_CODE:
@@ -374,10 +401,13 @@ class LiveIndex:
             torch.cuda.current_stream(tables[0].device).synchronize()  # which fills them; updates are on other streams
         self._searches = fused_searches(self.retrieval) if (is_cuda if fused is None else fused) else None
         self._row_of: dict[Any, int] = {}
-        self._ids: list[Any] = []
-        self._is_there = bytearray()
-        """By row: is_there_N after the last update, for updates; so that none waits for the device to tell."""
+        self._ids = Ids()
+        self._is_there_N = np.zeros(room, np.bool_)
+        """is_there_N after the last update, so that none waits for the device to tell; and room to grow."""
+        self._mover: RowMover | None = None  # the first rows go in column by column
         self.upsert(rows)
+        if self._searches is not None:
+            self._mover = row_mover(self.device)
 
     def __len__(self) -> int:
         """Items there are."""
@@ -446,7 +476,7 @@ class LiveIndex:
             )
         with self.pin() as pinned, torch.inference_mode():
             table = pinned.table
-            asked = Requests.build(requests, self.layout, lambda ids: self.rows_of(ids, table.count))
+            asked = Requests.build(requests, self.layout, lambda ids: self.row_array_of(ids, table.count))
             if self._searches is not None and bonus is None and scalars is None:
                 found = self._searches.search(table, user_BE, asked, plan)
             else:
@@ -458,15 +488,12 @@ class LiveIndex:
                 found = self.retrieval.search(columns, user_BE.to(table.device), asked.to(table.device), plan, bonus_BN)
             row_BK, utility_BK = found.row_BK.cpu().numpy(), found.utility_BK.cpu().numpy()
             lengths = found.length_B.tolist()
-        ids = [
-            list(map(self._ids.__getitem__, row_K[:length].tolist()))
-            for row_K, length in zip(row_BK, lengths, strict=True)
-        ]
+        ids = [self._ids.of(row_K[:length]) for row_K, length in zip(row_BK, lengths, strict=True)]
         return Slates(ids, row_BK, utility_BK, self.embedding_version, pinned.revision)
 
     def item_ids(self, start: int = 0, end: int | None = None) -> list[ItemId]:
         """Ids of some rows, those of deleted items too, in the order of rows."""
-        return self._ids[start:end]
+        return self._ids.of(slice(start, len(self._ids) if end is None else min(end, len(self._ids))))
 
     def row_of(self, item_id: ItemId) -> int | None:
         """The row of an item, deleted or not, None where it never had one."""
@@ -474,7 +501,13 @@ class LiveIndex:
 
     def rows_of(self, item_ids: Sequence[ItemId], count: int) -> list[int]:
         """Rows below count of those items that have one."""
-        return [row for row in map(self._row_of.get, item_ids) if row is not None and row < count]
+        rows: list[int] = self.row_array_of(item_ids, count).tolist()
+        return rows
+
+    def row_array_of(self, item_ids: Sequence[ItemId], count: int) -> NDArray[np.int64]:
+        """The same as an array."""
+        row_X = self._rows(item_ids)
+        return row_X[(row_X >= 0) & (row_X < count)]
 
     # Updates
 
@@ -487,83 +520,93 @@ class LiveIndex:
             "feature": rows.feature_RF, "mask": rows.mask_RW, "category": rows.category_R,
             "advertiser": rows.advertiser_R, "attribute": rows.attribute_RA, "bid": rows.bid_R,
             "budget": rows.budget_R, "eligible": rows.eligible_R,
-            "is_there": torch.ones(len(rows), dtype=torch.bool),
+            "is_there": torch.from_numpy(np.ones(len(rows), np.bool_)),
         }  # fmt: skip
         with self._writing:
-            known = len(self._ids)
-            new = [item for item in rows.item_ids if item not in self._row_of]
+            row_R = self._rows(rows.item_ids)
+            known, new_R = len(self._ids), (row_R == NONE).nonzero()[0]
+            new = [rows.item_ids[at] for at in new_R.tolist()]
+            row_R[new_R] = np.arange(known, known + len(new))
             # A request finds a new item's row only in tables that have it: `rows_of` is asked with the table's count.
-            self._ids += new
-            self._row_of.update((item, known + place) for place, item in enumerate(new))
-            places = [self._row_of[item] for item in rows.item_ids]
+            self._ids.extend(new)
+            self._row_of.update(zip(new, range(known, known + len(new)), strict=True))
             try:
-                self._write(places, columns, len(self._ids))
+                self._write(row_R, columns, len(self._ids))
             except BaseException:
                 for item in new:
                     del self._row_of[item]
-                del self._ids[known:]
+                self._ids.cut(known)
                 raise
-            self._is_there.extend(bytes(len(new)))
-            for place in places:
-                self._is_there[place] = True
-            return Applied(len(places), 0, self.revision)
+            if len(self._ids) > len(self._is_there_N):
+                more = int(len(self._ids) * GROWTH) - len(self._is_there_N)
+                self._is_there_N = np.concatenate([self._is_there_N, np.zeros(more, np.bool_)])
+            self._is_there_N[row_R] = True
+            return Applied(len(row_R), 0, self.revision)
 
     def delete(self, embedding_version: str, item_ids: Sequence[ItemId]) -> Applied:
         """Take items away. Raises IndexMismatch, DataError for an id named twice, IndexBusy."""
         check_version("a deletion", embedding_version, self.embedding_version)
         check_ids(item_ids)
         with self._writing:
-            places = self._places(item_ids)
-            gone = torch.zeros(len(places), dtype=torch.bool)
-            self._write(places, {"eligible": gone, "is_there": gone}, len(self._ids))
-            for place in places:
-                self._is_there[place] = False
-            return Applied(len(places), len(item_ids) - len(places), self.revision)
+            row_R = self._rows(item_ids)
+            row_R = row_R[self._are_there(row_R)]
+            gone = torch.zeros(len(row_R), dtype=torch.bool)
+            self._write(row_R, {"eligible": gone, "is_there": gone}, len(self._ids))
+            self._is_there_N[row_R] = False
+            return Applied(len(row_R), len(item_ids) - len(row_R), self.revision)
 
     def change(self, deltas: Deltas) -> Applied:
         """Set bids, budgets or eligibility; items that are not there, or deleted, stay so. Raises IndexMismatch."""
         check_version("a delta", deltas.embedding_version, self.embedding_version)
         with self._writing:
-            places = self._places(deltas.item_ids)
-            there = {self._ids[row] for row in places}
-            there_R = torch.tensor([item in there for item in deltas.item_ids], dtype=torch.bool)
-            columns = {name: torch.as_tensor(value)[there_R] for name, value in deltas.columns().items()}
-            self._write(places, columns, len(self._ids))
-            return Applied(len(places), len(there_R) - len(places), self.revision)
+            row_R, columns = self._rows(deltas.item_ids), deltas.columns()
+            are_there_R = self._are_there(row_R)
+            if not are_there_R.all():
+                row_R = row_R[are_there_R]
+                columns = {name: value[torch.from_numpy(are_there_R)] for name, value in columns.items()}
+            self._write(row_R, columns, len(self._ids))
+            return Applied(len(row_R), len(are_there_R) - len(row_R), self.revision)
 
-    def _places(self, item_ids: Sequence[ItemId]) -> list[int]:
-        """Rows of those items that are there, in their order."""
-        return [row for row in self.rows_of(item_ids, len(self._ids)) if self._is_there[row]]
+    def _rows(self, item_ids: Sequence[ItemId]) -> NDArray[np.int64]:
+        """[R], the items' rows, -1 where one never had any."""
+        return np.fromiter(map(self._row_of.get, item_ids, repeat(NONE)), np.int64, len(item_ids))
 
-    @torch.no_grad()
-    def _write(self, places: list[int], columns: dict[str, torch.Tensor], count: int) -> None:
+    def _are_there(self, row_R: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the rows hold an item, and not a deleted one."""
+        are_there_R: NDArray[np.bool_] = self._is_there_N[row_R]
+        are_there_R[row_R == NONE] = False
+        return are_there_R
+
+    def _write(self, row_R: NDArray[np.int64], columns: dict[str, torch.Tensor], count: int) -> None:
         """Write rows of some columns into the idle side, then swap the sides; all of it or, on an error, nothing."""
-        row_R = torch.tensor(places, dtype=torch.int64)
         with self._moved:
             idle, reading = self._idle, self._reading
             if not self._moved.wait_for(lambda: not idle.readers, WAIT_S):
                 raise IndexBusy(
                     f"{idle.readers} requests still read, after {WAIT_S:g} s, the table this update is to be written to"
                 )
-        behind_R, behind = idle.behind_R, idle.behind
-        # Until the swap: should the write fail, the next one copies these rows back.
-        idle.behind_R = torch.cat([behind_R, row_R]).unique()  # type: ignore[no-untyped-call]
-        idle.behind = behind | columns.keys()
-        behind_R = behind_R[behind_R < reading.table.capacity]
+        most = reading.table.capacity
+        behind = [Behind(part.row_R[part.row_R < most], part.columns) for part in idle.behind]
+        written = Behind(row_R, frozenset(columns))
+        idle.behind = [*behind, written]  # until the swap: should the write fail, the next one copies these rows back
+        outgrown = idle.table if count > idle.table.capacity else None
         with lent(self.device) as stream, torch.cuda.stream(stream):
-            there = sent({"row": row_R, "behind": behind_R, **columns}, self.device)
-            row_there_R, behind_there_R = there.pop("row"), there.pop("behind")
-            outgrown = idle.table if count > idle.table.capacity else None
             if outgrown is not None:
                 idle.table = reading.table.grown(max(count, int(reading.table.capacity * GROWTH)))
-            elif len(behind_R):
-                idle.table.copy_rows(reading.table, behind_there_R, behind)
-            idle.table.write(row_there_R, there)
+                behind = []
+            mover, taken = self._mover, sum(len(part.row_R) for part in behind)
+            if mover is not None and mover.takes(idle.table, written.columns, len(row_R), taken):
+                mover.write(idle.table, row_R, columns, reading.table, behind)
+            else:
+                for part in behind:
+                    part_R = torch.from_numpy(part.row_R).to(self.device)
+                    idle.table.copy_rows(reading.table, part_R, part.columns)
+                there = {name: value.to(self.device) for name, value in columns.items()}
+                idle.table.write(torch.from_numpy(row_R).to(self.device), there)
             idle.table.count = count
         if self._searches is not None and outgrown is not None:
             self._searches.move(outgrown, idle.table)
-        idle.behind_R, idle.behind = torch.zeros(0, dtype=torch.int64), frozenset()
-        reading.behind_R, reading.behind = row_R, frozenset(columns)
+        idle.behind, reading.behind = [], [written]
         idle.revision = reading.revision + 1
         with self._moved:
             self._reading, self._idle = idle, reading
@@ -577,7 +620,7 @@ class LiveIndex:
             picked = {name.rpartition("_")[0]: buffer[rows].cpu() for name, buffer in table.named_buffers()}
             feature_RF = table.features(torch.tensor(rows, dtype=torch.int64, device=table.device)).float().cpu()
         return ItemRows(
-            self.embedding_version, self.layout, [self._ids[row] for row in rows], feature_RF,
+            self.embedding_version, self.layout, self._ids.of(rows), feature_RF,
             picked["mask"], picked["category"], picked["advertiser"], picked["attribute"], picked["bid"],
             picked["budget"], picked["eligible"],
         )  # fmt: skip
@@ -590,6 +633,13 @@ def fused_searches(retrieval: Retrieval) -> "FusedSearches | None":
     except ImportError:
         return None
     return FusedSearches(retrieval)
+
+
+def row_mover(device: torch.device) -> "RowMover":
+    """What writes updates by a kernel; needs Triton."""
+    from model.retrieval.movers import RowMover
+
+    return RowMover(device)
 
 
 class IndexHolder:

@@ -5,7 +5,7 @@ categories, countries and languages, the main category and the advertiser (-1: n
 (NaN: unknown), bid, budget and whether the item may be shown at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -59,16 +59,17 @@ class Layout:
         """First and last-but-one word of each field's mask."""
         return [(sum(self.words[:place]), sum(self.words[: place + 1])) for place in range(len(self.words))]
 
-    def mask(self, bits: dict[str, Sequence[int]]) -> list[int]:
+    def mask(self, bits: Mapping[str, Sequence[int]]) -> list[int]:
         """The W words with these bits set, field by field. Raises DataError for a bit that has no place."""
         words = [0] * self.mask_words
         for name, numbers in bits.items():
             if name not in FIELDS:
                 raise DataError(f"bitmasks are of {', '.join(FIELDS)}, got {name!r}")
-            start, end = self.spans()[FIELDS.index(name)]
+            place = FIELDS.index(name)
+            start, room = sum(self.words[:place]), self.words[place] * WORD_BITS
             for bit in numbers:
-                if not 0 <= bit < (end - start) * WORD_BITS:
-                    raise DataError(f"{name} must be in [0, {(end - start) * WORD_BITS}), got {bit}")
+                if not 0 <= bit < room:
+                    raise DataError(f"{name} must be in [0, {room}), got {bit}")
                 words[start + bit // WORD_BITS] |= 1 << bit % WORD_BITS
         return [word - 2**64 if word >= 2**63 else word for word in words]
 

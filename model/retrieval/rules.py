@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model.errors import ConfigError, ShapeError
 from model.retrieval.rows import ItemId, Layout
@@ -101,42 +102,41 @@ class Requests:
 
     @classmethod
     def build(
-        cls, requests: Sequence[Request], layout: Layout, rows_of: Callable[[Sequence[ItemId]], list[int]]
-    ) -> Self:
+        cls, requests: Sequence[Request], layout: Layout,
+        rows_of: Callable[[Sequence[ItemId]], Sequence[int] | NDArray[np.int64]],
+    ) -> Self:  # fmt: skip
         """rows_of: rows of item ids in the snapshot that will answer; ids it does not hold are left out.
 
         Raises ShapeError for attributes that are not there or unequal numbers of task weights, DataError for bits.
         """
         if len({len(request.task_weights) for request in requests}) != 1:
             raise ShapeError("wanted at least one request, all with as many task weights")
-        lower_BA = np.full((len(requests), layout.attributes), -np.inf, np.float32)
-        upper_BA = np.full((len(requests), layout.attributes), np.inf, np.float32)
-        excluded: list[int] = []
-        counts: list[int] = []
+        count = len(requests)
+        lower_BA = np.full((count, layout.attributes), -np.inf, np.float32)
+        upper_BA = np.full((count, layout.attributes), np.inf, np.float32)
         for b, request in enumerate(requests):
             for attribute, (least, most) in request.ranges.items():
                 if not 0 <= attribute < layout.attributes:
                     raise ShapeError(f"attributes are numbered [0, {layout.attributes}), got {attribute}")
                 lower_BA[b, attribute], upper_BA[b, attribute] = least, most
-            rows = rows_of([*request.seen, *request.blocked])
-            excluded += rows
-            counts.append(len(rows))
+        excluded = [np.asarray(rows_of([*request.seen, *request.blocked]), np.int64) for request in requests]
 
         def tensor(values: Any, dtype: Any) -> torch.Tensor:
             return torch.from_numpy(np.array(values, dtype))  # of small lists, several times as fast as torch.tensor
 
         def masks(wishes: Sequence[Mapping[str, Sequence[int]]]) -> torch.Tensor:
-            words = [layout.mask(dict(wish)) for wish in wishes]
-            return tensor(words, np.int64).reshape(len(requests), layout.mask_words)
+            words = np.array([layout.mask(wish) for wish in wishes], np.int64)
+            return torch.from_numpy(words.reshape(count, layout.mask_words))
 
         return cls(
-            tensor([list(request.task_weights) for request in requests], np.float32),
+            tensor([request.task_weights for request in requests], np.float32),
             tensor([request.bid_power for request in requests], np.float64),
             masks([request.required for request in requests]),
             masks([request.forbidden for request in requests]),
             torch.from_numpy(lower_BA), torch.from_numpy(upper_BA),
-            tensor([request.min_budget for request in requests], np.float32), tensor(excluded, np.int64),
-            torch.from_numpy(np.repeat(np.arange(len(requests)), counts)),
+            tensor([request.min_budget for request in requests], np.float32),
+            torch.from_numpy(np.concatenate(excluded)),
+            torch.from_numpy(np.repeat(np.arange(count), list(map(len, excluded)))),
             tensor([request.seed for request in requests], np.int64),
         )  # fmt: skip
 

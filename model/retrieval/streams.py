@@ -7,8 +7,9 @@ one that `torch.cuda.Stream()` and `torch.cuda.graph` without a stream take thei
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ POOLED = 32
 PRIORITY = -1
 WAIT_S = 5.0
 """Longest a job waits for a stream."""
+_CAPTURING = threading.Lock()
+"""A capture begins by waiting for the whole device, which no other capture survives: one at a time."""
 
 
 class StreamPool:
@@ -36,28 +39,28 @@ class StreamPool:
         self._handles: set[int] = set()
         """Of all streams, lent ones included."""
 
-    @contextmanager
-    def lent(self, wait_s: float = WAIT_S) -> Iterator[Any]:
+    def lent(self, wait_s: float = WAIT_S) -> "Loan":
         """A stream that nobody else uses while the block lasts; at its end everything on it is done.
 
         A stream whose work failed is not lent again. Raises IndexBusy where all are lent for wait_s seconds.
         """
-        stream = self._take(wait_s)
-        try:
-            yield stream
-        finally:
-            stream.synchronize()
-            with self._changed:
-                self._idle.append(stream)
-                self._changed.notify()
+        return Loan(self, wait_s)
 
-    def _take(self, wait_s: float) -> Any:
+    def take(self, wait_s: float) -> Any:
+        """A stream for `give_back`, as `lent` says."""
         with self._changed:
             if not self._idle:
                 self._add()
-            if not self._changed.wait_for(lambda: self._idle, wait_s):
+            if not self._idle and not self._changed.wait_for(lambda: self._idle, wait_s):
                 raise IndexBusy(f"all {len(self._handles)} streams of the device were in use for {wait_s:g} s")
             return self._idle.pop()
+
+    def give_back(self, stream: Any) -> None:
+        """Wait for all that is on the stream; then it is idle."""
+        stream.synchronize()
+        with self._changed:
+            self._idle.append(stream)
+            self._changed.notify()
 
     def _add(self) -> None:
         """One more stream, if there is one."""
@@ -71,22 +74,55 @@ class StreamPool:
                 return
 
 
+class Loan:
+    """A stream taken where a block begins, given back where it ends. Requests make one each, so it is no generator."""
+
+    def __init__(self, pool: StreamPool, wait_s: float) -> None:
+        self._pool, self._wait_s = pool, wait_s
+
+    def __enter__(self) -> Any:
+        self._stream = self._pool.take(self._wait_s)
+        return self._stream
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.give_back(self._stream)
+
+
 _POOLS: dict[int, StreamPool] = {}
 _MAKING = threading.Lock()
 
 
-@contextmanager
-def lent(device: torch.device) -> Iterator[Any]:
+def lent(device: torch.device) -> AbstractContextManager[Any]:
     """A stream of a table's device to oneself (`StreamPool.lent`), not yet the current one; None on the CPU."""
     if device.type != "cuda":
-        yield None
-        return
+        return nullcontext()
     assert device.index is not None, "tensors have a device with a number"
-    with _MAKING:
-        pool = _POOLS.get(device.index)
-        if pool is None:
-            pool = _POOLS[device.index] = StreamPool(
-                lambda: torch.cuda.Stream(device, priority=PRIORITY)  # type: ignore[no-untyped-call]
+    pool = _POOLS.get(device.index)
+    if pool is None:
+        with _MAKING:
+            pool = _POOLS.setdefault(
+                device.index,
+                StreamPool(lambda: torch.cuda.Stream(device, priority=PRIORITY)),  # type: ignore[no-untyped-call]
             )
-    with pool.lent() as stream:
-        yield stream
+    return pool.lent()
+
+
+@torch.inference_mode()
+def captured(device: torch.device, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    """The CUDA graph of a launch; None on the CPU.
+
+    Other threads may use the device meanwhile, but not wait for all of it.
+    The stream is this thread's alone from before the capture begins until after it ends.
+    """
+    if device.type != "cuda":
+        return None
+    with _CAPTURING, lent(device) as stream:
+        with torch.cuda.stream(stream):
+            launch()  # compiles
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            launch()
+    return graph

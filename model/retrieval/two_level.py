@@ -20,6 +20,7 @@ over want a larger `wanted`. An index is a snapshot: build a new one and swap it
 Legend: as in the package; W width of a code, M rows of the sample, C places for survivors, G clusters, P probes.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -162,7 +163,7 @@ class TwoLevelIndex(nn.Module):
         if not 0 <= clusters <= rows:
             raise ConfigError(f"clusters must be in [0, {rows}], got {clusters}")
         self.rows = rows
-        self.scorer = None if scorer is None else scorer.to(feature_NF.device).eval()
+        self.scorer = None if scorer is None else copy.deepcopy(scorer).to(feature_NF.device).eval()
         self.exact = ExactRows.split(feature_NF, is_head_N)
         embedding_NE = feature_NF[:, : self.embedding_dim]
         self.steps = steps_for(feature_NF.device)

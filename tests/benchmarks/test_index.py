@@ -9,7 +9,10 @@ from benchmarks.index import (
     GROUP,
     Case,
     HostRules,
+    Load,
+    Loaded,
     Reads,
+    Window,
     check,
     check_kernels,
     compare,
@@ -91,13 +94,53 @@ def test_the_host_s_rules_give_the_folded_rival_s_rows() -> None:
         assert slate.tolist() == case.folded()[1][0].tolist() == case.as_written()[1][0].tolist()
 
 
-def test_latency_under_updates_is_told_for_each_rate() -> None:
-    entries = updates("cpu", 300, Plan(k=20, advertiser_cap=3), 0.25)
+def test_latency_under_updates_is_told_for_each_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index is updated in loaded windows alone, ten times a second."""
+    changes: list[int] = []
+    whole = LiveIndex.change
+    monkeypatch.setattr(
+        LiveIndex, "change", lambda self, deltas: changes.append(len(deltas.item_ids)) or whole(self, deltas)
+    )
+    entries = updates("cpu", 300, Plan(k=20, advertiser_cap=3), rounds=2, window_s=0.2)
     assert [entry["measure"] for entry in entries] == [
-        "index.updates_600.p99_ratio", "index.updates_6000.p99_ratio", "index.updates_60000.p99_ratio",
+        "index.updates_600.p99_ratio", "index.updates_6000.p99_ratio", "index.updates_6000.fed.p99_ratio",
+        "index.updates_60000.p99_ratio",
     ]  # fmt: skip
-    assert [entry["target"] for entry in entries] == [1.05, 1.05, None]
-    assert all(entry["value"] > 0 for entry in entries)
+    assert [entry["target"] for entry in entries] == [1.05, 1.05, None, None]
+    assert all(entry["value"] > 0 and "nothing against nothing: p50" in entry["note"] for entry in entries)
+    assert set(changes) <= {54, 240, 0}, "of 300 items, those that do not come whole"
+    assert 4 <= len(changes) <= 5 * 3, "five windows, one of them needs redis"
+
+
+def test_percentiles_are_those_of_all_requests_of_all_windows() -> None:
+    """Quiet 1 to 100 ms, p99 99.01; loaded twice that but for one window's ten requests of 500 ms."""
+    ones = [float(number) for number in range(1, 101)]
+    quiet = [Window(ones[:50], []), Window(ones[50:], [])]
+    twice = [Window([2 * one for one in window.request_ms], [3.0, 5.0]) for window in quiet]
+    loaded = Loaded(Load(600), quiet, twice)
+    assert loaded.ratio(50) == loaded.ratio(99) == 2
+    assert "4 batches of 4 ms, longest 5: 100 requests" in loaded.line()
+    worse = Loaded(Load(600), quiet, [twice[0], Window([*twice[1].request_ms, *[500.0] * 10], [])])
+    assert worse.at(99, worse.loaded) == 500
+
+
+def test_the_interval_is_of_windows_drawn_again() -> None:
+    """Windows all alike leave nothing to chance; of one with 4 x and two with 2 x, some draws have none or only it."""
+    quiet = [Window([1.0] * 100, []) for _ in range(3)]
+    assert Loaded(Load(600), quiet, [Window([2.0] * 100, [])] * 3).interval(99) == (2, 2)
+    unlike = Loaded(Load(600), quiet, [Window([4.0] * 100, []), *[Window([2.0] * 100, [])] * 2])
+    assert unlike.ratio(99) == 4
+    assert unlike.interval(99) == (2, 4)
+    assert unlike.told(50) == "2.000 x (2.000 to 4.000)"
+
+
+def test_an_update_that_fails_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: LiveIndex, deltas: object) -> None:
+        raise OSError("broken off")
+
+    monkeypatch.setattr(LiveIndex, "change", fail)
+    with pytest.raises(OSError, match="broken off"):
+        updates("cpu", 300, Plan(k=20, advertiser_cap=3), rounds=1, window_s=0.2)
 
 
 def test_the_kernels_are_checked_and_the_check_notices_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:

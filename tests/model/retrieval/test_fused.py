@@ -150,6 +150,22 @@ def test_signed_zeros_and_the_largest_numbers_go_in_order() -> None:
     assert found.is_exact_B.tolist() == [True]
 
 
+@pytest.mark.parametrize("share_of_positive", [0.0, 0.2, 1.0])
+def test_utilities_of_all_magnitudes_come_in_order(share_of_positive: float) -> None:
+    """3,000 items, a pool of 1,024 of them: bins of every quarter, most with one key, one with 300."""
+    rng = np.random.default_rng(int(share_of_positive * 10))
+    scores = 2.0 ** rng.uniform(-120, 120, 3000)
+    scores[:300] = rng.integers(2000, 2008, 300) / 1024  # 1.953 to 1.960: one bin
+    scores[rng.random(3000) >= share_of_positive] *= -1
+    rows = ItemRows.build(VERSION, SMALL, list(range(3000)), scores, advertiser_R=rng.integers(-1, 400, 3000))
+    index = LiveIndex(rows, DotScorer(), device=DEVICE)
+    plan = Plan(k=200, advertiser_cap=2)
+    found, _ = fused_search(index, torch.ones(1, 1), [Request()], plan)
+    allowed = [True] * 3000
+    assert found.is_exact_B.tolist() == [True]
+    assert found.row_BK[0].tolist() == reference.slate(rows, rows.feature_RF[:, 0].double().numpy(), allowed, plan, 0)
+
+
 def test_nothing_allowed_and_no_items() -> None:
     rows = ItemRows.build(VERSION, SMALL, [10, 11], [2, 1], eligible_R=[False, False])
     found, _ = fused_search(LiveIndex(rows, DotScorer(), device=DEVICE), torch.ones(1, 1), [Request()], Plan(k=3))

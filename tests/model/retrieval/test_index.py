@@ -1,6 +1,7 @@
 """Live updates: what each one changes, what is refused, and that no request ever sees half of one."""
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.index import torn_reads
 from model.errors import DataError, IndexBusy, IndexMismatch, ShapeError
@@ -16,7 +18,7 @@ from model.retrieval import reference
 from model.retrieval.index import IndexHolder, LiveIndex
 from model.retrieval.rows import Deltas, ItemRows, Layout, read_rows, write_rows
 from model.retrieval.rules import Plan, Request
-from model.retrieval.scorer import DotScorer
+from model.retrieval.scorer import DotScorer, InteractionScorer
 from tests.model.retrieval.builders import LAYOUT, VERSION, make_plan, make_request, make_rows
 
 SMALL = Layout(embedding_dim=1)
@@ -146,23 +148,6 @@ def test_a_pinned_table_does_not_change_and_an_update_waits_for_it(monkeypatch: 
     assert best(index) == [11, 10, 12]
 
 
-def test_columns_of_an_update_side_by_side_are_the_same_again() -> None:
-    """Of every dtype that updates have, odd sizes, views with strides, and none."""
-    values = {
-        "row": torch.tensor([3, 1, 2]), "gone": torch.tensor([True, False, True]),
-        "feature": torch.arange(12.0).view(3, 4)[:, 1:], "mask": torch.tensor([[-(2**63), 5]] * 3),
-        "attribute": torch.zeros(3, 0), "behind": torch.zeros(0, dtype=torch.int64),
-    }  # fmt: skip
-    block = index_module.packed(values, is_pinned=False)
-    found = index_module.unpacked(block, values)
-    assert found.keys() == values.keys()
-    for name, value in values.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value)
-    block.zero_()
-    assert not any(value.any() for value in found.values()), "views, not copies"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_updates_of_other_columns_one_after_the_other_are_all_kept(dtype: torch.dtype) -> None:
     """After each, both tables hold what an index has that never had the other table to catch up with."""
@@ -242,11 +227,11 @@ def test_no_read_is_torn() -> None:
 class InPlace(LiveIndex):
     """Writes into the table that requests read."""
 
-    def _write(self, places: list[int], columns: dict[str, torch.Tensor], count: int) -> None:
+    def _write(self, row_R: NDArray[np.int64], columns: dict[str, torch.Tensor], count: int) -> None:
         if self._reading.table.capacity < 8 * 24:
             self._reading.table = self._reading.table.grown(8 * 24)
         self._reading.table.count = count
-        self._reading.table.write(torch.tensor(places, dtype=torch.int64), columns)
+        self._reading.table.write(torch.from_numpy(row_R), columns)
         self._reading.revision += 1
 
 
@@ -278,14 +263,39 @@ def test_whole_indices_swap_and_each_answer_is_of_one() -> None:
     for reader in readers:
         reader.start()
     while min(answers) < 100:
+        time.sleep(1e-4)  # without, the readers wait for this thread's turn to end, each time a search gives up its own
         before = holder.index
         assert holder.swap(indices[before is indices[0]]) is before
+        time.sleep(1e-4)  # readers need the interpreter too
     stop.set()
     for reader in readers:
         reader.join()
     assert not wrong
     with pytest.raises(IndexMismatch):
         holder.index.search(np.ones((1, 1), np.float32), [Request()], Plan(k=1), "c" * 16)
+
+
+def test_the_caller_s_scorer_stays_as_it_is() -> None:
+    """The index moves, casts and switches a copy; what becomes of the caller's own changes no answer."""
+    rng = np.random.default_rng(0)
+    rows, scorer = make_rows(rng, 20), InteractionScorer(4, 2, (8, 4))
+    index = LiveIndex(rows, scorer)
+    before = index.search(np.ones((1, 4), np.float32), [Request()], Plan(k=9), VERSION)
+    assert scorer.training
+    index.retrieval.to(torch.float64)
+    assert {part.dtype for part in scorer.parameters()} == {torch.float32}
+    index.retrieval.to(torch.float32)
+    with torch.no_grad():
+        scorer.out.bias.fill_(torch.nan)
+    after = index.search(np.ones((1, 4), np.float32), [Request()], Plan(k=9), VERSION)
+    assert after.item_ids == before.item_ids
+
+
+def test_ids_beyond_the_rows_there_are_are_not_given() -> None:
+    index = LiveIndex(rows_of({number: number for number in range(20)}), DotScorer())
+    assert index.item_ids(18, 40) == [18, 19]
+    assert index.item_ids(19) == [19]
+    assert index.item_ids(20) == []
 
 
 def test_growth_keeps_rows_and_room() -> None:

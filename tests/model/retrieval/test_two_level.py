@@ -206,6 +206,15 @@ def test_over_all_rows_it_answers_as_the_live_index(steps: str, seed: int) -> No
     assert np.allclose(found.utility_BK.cpu(), wanted.utility_BK, atol=1e-5)
 
 
+def test_the_caller_s_scorer_stays_as_it_is() -> None:
+    rows, scorer = make_rows(np.random.default_rng(0), 20), InteractionScorer(4, 2, (8, 4))
+    index = TwoLevelIndex.of_rows(rows, scorer=scorer)
+    assert index.scorer is not None
+    index.scorer.to(torch.float64)
+    assert scorer.training
+    assert {part.dtype for part in scorer.parameters()} == {torch.float32}
+
+
 @pytest.mark.usefixtures("small_sample")
 def test_rules_are_kept_where_few_rows_survive(steps: str) -> None:
     rng = np.random.default_rng(0)
