@@ -44,9 +44,8 @@ _ROW_BITS: tl.constexpr = tl.constexpr(0xFFFFFFFF)
 BINS = 2**16
 _BINS: tl.constexpr = tl.constexpr(BINS)
 _HALF: tl.constexpr = tl.constexpr(BINS // 2)
-_QUARTER: tl.constexpr = tl.constexpr(BINS // 4)
-_LINE: tl.constexpr = tl.constexpr(128)
-"""Bins that are summed side by side."""
+_CHUNK: tl.constexpr = tl.constexpr(1024)
+"""Bins that are summed side by side: of eight powers of two."""
 CLEARED = 8192
 _CLEARED: tl.constexpr = tl.constexpr(CLEARED)
 """Bins that a program clears."""
@@ -68,8 +67,10 @@ class Rules:
     lower_BA: torch.Tensor
     upper_BA: torch.Tensor
     min_budget_B: torch.Tensor
-    excluded_X2: torch.Tensor
-    """i32: a row that is excluded, and the request it is of; those past number 1 of `head` are not looked at."""
+    excluded_X: torch.Tensor
+    """i64: rows that are excluded; those past number 1 of `head` are not looked at."""
+    excluded_of_X: torch.Tensor
+    """i64: the requests they are of."""
     head: torch.Tensor
     """i32: items there are, excluded rows there are, this run's number (at least 1, another than the run's before), and
     the caps, one or two."""
@@ -142,15 +143,16 @@ def ready(rules: Rules, work: Work, block: int = 256, group: int = 4) -> None:
     """Counts cleared, excluded rows marked, factors of all items. block, group: items and requests of a program."""
     requests, items = work.factor_BN.shape
     category, country, _ = rules.field_words
-    marks = triton.cdiv(len(rules.excluded_X2), 1024)
+    marks = triton.cdiv(len(rules.excluded_X), 1024)
     cleared = requests * BINS // CLEARED
     tiles = triton.cdiv(items, block)
     _ready_kernel[(marks + cleared + tiles * triton.cdiv(requests, group),)](
         rules.mask_NW, rules.eligible_N, rules.budget_N, rules.attribute_NA, rules.bid_N, rules.bid_power_B,
-        rules.required_BW, rules.forbidden_BW, rules.lower_BA, rules.upper_BA, rules.min_budget_B, rules.excluded_X2,
-        rules.head, work.stamp_BN, work.factor_BN, work.count_BC, requests, work.factor_BN.stride(0), marks, cleared,
-        tiles, W=rules.mask_NW.shape[1], SECOND_FIELD=category, THIRD_FIELD=category + country,
-        A=rules.attribute_NA.shape[1], BLOCK=block, GROUP=group, CHAINED=work.is_chained, num_warps=4,
+        rules.required_BW, rules.forbidden_BW, rules.lower_BA, rules.upper_BA, rules.min_budget_B, rules.excluded_X,
+        rules.excluded_of_X, rules.head, work.stamp_BN, work.factor_BN, work.count_BC, requests,
+        work.factor_BN.stride(0), marks, cleared, tiles, W=rules.mask_NW.shape[1], SECOND_FIELD=category,
+        THIRD_FIELD=category + country, A=rules.attribute_NA.shape[1], BLOCK=block, GROUP=group,
+        CHAINED=work.is_chained, num_warps=4,
     )  # fmt: skip
 
 
@@ -167,11 +169,11 @@ def apply(score_BTN: torch.Tensor, rules: Rules, work: Work, block: int = 512) -
 def bound(work: Work) -> None:
     """What of the keys fits the pool, and where it goes."""
     _bound_kernel[(len(work.key_BN),)](
-        work.count_BC, work.end_BC, work.bound_B3, POOL=work.pool_BP.shape[1], num_warps=32, **work.chain(),
+        work.count_BC, work.end_BC, work.bound_B3, POOL=work.pool_BP.shape[1], num_warps=16, **work.chain(),
     )  # fmt: skip
 
 
-def gather(groups: list[torch.Tensor], rules: Rules, work: Work, block: int = 1024) -> None:
+def gather(groups: list[torch.Tensor], rules: Rules, work: Work, block: int = 512) -> None:
     """The best candidates into the pool. groups: i64 [N] of each cap."""
     requests, items = work.key_BN.shape
     _gather_kernel[(triton.cdiv(items, block), requests)](
@@ -181,19 +183,16 @@ def gather(groups: list[torch.Tensor], rules: Rules, work: Work, block: int = 10
     )  # fmt: skip
 
 
-def order(
-    caps: int, rules: Rules, work: Work, block: int = 8, others: int = 512, near: int = 128, stages: int = 1,
-    warps: int = 4,
-) -> None:  # fmt: skip
+def order(caps: int, rules: Rules, work: Work, block: int = 8, others: int = 256, warps: int = 2) -> None:
     """Candidates in the order of the walk, with their groups, and which of them the walk takes; certain for one cap.
 
-    block: candidates of a program; others, near: candidates of higher bins, and of its own, that it looks at at a time.
+    block: candidates of a program; others: candidates it compares them with at a time.
     """
     requests, pool = work.pool_BP.shape
     _order_kernel[(triton.cdiv(pool, block), requests)](
         work.pool_BP, work.pool_group_CBP, work.count_BC, work.end_BC, work.bound_B3, rules.head, work.ordered_BP,
         work.group_CBP, work.take_RBP[0], work.group_CBP.stride(0), CAPS=caps, POOL=pool, BLOCK=block, OTHERS=others,
-        NEAR=near, STAGES=stages, num_warps=warps, **work.chain(),
+        num_warps=warps, **work.chain(),
     )  # fmt: skip
 
 
@@ -259,8 +258,8 @@ def _field_allows(
 @triton.jit(do_not_specialize=["requests", "marks", "cleared", "tiles"])
 def _ready_kernel(
     mask_NW, eligible_N, budget_N, attribute_NA, bid_N, power_B, required_BW, forbidden_BW, lower_BA, upper_BA,
-    min_budget_B, excluded_X2, head, stamp_BN, factor_BN, count_BC, requests, items, marks, cleared, tiles,
-    W: tl.constexpr, SECOND_FIELD: tl.constexpr, THIRD_FIELD: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+    min_budget_B, excluded_X, excluded_of_X, head, stamp_BN, factor_BN, count_BC, requests, items, marks, cleared,
+    tiles, W: tl.constexpr, SECOND_FIELD: tl.constexpr, THIRD_FIELD: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Excluded rows, or counts to clear, or BLOCK items for up to GROUP requests one after the other."""
@@ -272,9 +271,9 @@ def _ready_kernel(
     if program < marks:
         number = program * 1024 + tl.arange(0, 1024)
         is_there = number < tl.load(head + 1)
-        excluded = tl.load(excluded_X2 + 2 * number, is_there, 0)
-        of_request = tl.load(excluded_X2 + 2 * number + 1, is_there, 0)
-        tl.store(stamp_BN + of_request.to(tl.int64) * items + excluded, tl.zeros_like(excluded) + run, is_there)
+        excluded = tl.load(excluded_X + number, is_there, 0)
+        of_request = tl.load(excluded_of_X + number, is_there, 0)
+        tl.store(stamp_BN + of_request * items + excluded, tl.zeros([1024], tl.int32) + run, is_there)
     elif program < marks + cleared:
         at = (program - marks).to(tl.int64) * _CLEARED + tl.arange(0, _CLEARED)
         tl.store(count_BC + at, tl.zeros([_CLEARED], tl.int32))
@@ -338,19 +337,30 @@ def _apply_kernel(
 
 
 @triton.jit
-def _begin_bins(number, end, above, POOL: tl.constexpr):
-    """Where some bins begin in the pool, of their counts [lines, bins of a line] and how many are in higher bins.
+def _begin_bins(count, end, above, POOL: tl.constexpr):
+    """Where a half of the bins begins in the pool, of their counts and how many keys are in higher bins.
 
-    Gives how many are there in the end, how many candidates of these bins come into the pool, and how many bins fit.
+    Gives the least bin that fits, how many keys fit with those above, and how many there are with those above, or
+    some number past the pool. Bins are walked from the highest that has keys, until the pool or the keys end.
     """
-    total = tl.sum(number, 1)
-    from_line = above + tl.cumsum(total, 0, reverse=True)
-    start = (from_line - total)[:, None] + tl.cumsum(number, 1, reverse=True) - number
-    fits = start + number <= POOL
-    place = tl.arange(0, number.shape[0])[:, None] * number.shape[1] + tl.arange(0, number.shape[1])[None, :]
-    tl.store(end + place, start, fits & (number > 0))
-    fill = tl.sum(tl.sum(tl.where(fits, number, 0), 1), 0)
-    return above + tl.sum(total, 0), fill, tl.sum(tl.sum(fits.to(tl.int32), 1), 0)
+    every = tl.arange(0, _HALF)
+    has_keys = tl.load(count + every) > 0
+    highest = tl.max(tl.where(has_keys, every, -1), 0)
+    lowest = tl.min(tl.where(has_keys, every, _HALF), 0)
+    chunk = highest // _CHUNK
+    least = tl.zeros([], tl.int32) + _HALF
+    fill = above
+    while (chunk >= lowest // _CHUNK) & (above <= POOL):
+        place = chunk * _CHUNK + tl.arange(0, _CHUNK)
+        number = tl.load(count + place)
+        start = above + tl.cumsum(number, 0, reverse=True) - number
+        fits = start + number <= POOL
+        tl.store(end + place, start, fits & (number > 0))
+        least = (chunk + 1) * _CHUNK - tl.sum(fits.to(tl.int32), 0)
+        fill += tl.sum(tl.where(fits, number, 0), 0)
+        above += tl.sum(number, 0)
+        chunk -= 1
+    return least, fill, above
 
 
 @triton.jit
@@ -362,25 +372,14 @@ def _bound_kernel(count_BC, end_BC, bound_B3, POOL: tl.constexpr, CHAINED: tl.co
     request = tl.program_id(0).to(tl.int64)
     count = count_BC + request * _BINS
     end = end_BC + request * _BINS
-    place = tl.arange(0, _QUARTER // _LINE)[:, None] * _LINE + tl.arange(0, _LINE)[None, :]
-    upper = tl.load(count + 3 * _QUARTER + place)
-    lower = tl.load(count + 2 * _QUARTER + place)
-    above, fill, fitting = _begin_bins(upper, end + 3 * _QUARTER, 0, POOL)
-    above, of_lower, more = _begin_bins(lower, end + 2 * _QUARTER, above, POOL)
-    fill += of_lower
-    fitting += more
-    if fitting == 2 * _QUARTER:
-        upper = tl.load(count + _QUARTER + place)
-        lower = tl.load(count + place)
-        above, of_upper, more = _begin_bins(upper, end + _QUARTER, above, POOL)
-        fill += of_upper
-        fitting += more
-        above, of_lower, more = _begin_bins(lower, end, above, POOL)
-        fill += of_lower
-        fitting += more
-    tl.store(bound_B3 + request * 3, -fitting + _BINS)
+    least, fill, above = _begin_bins(count + _HALF, end + _HALF, tl.zeros([], tl.int32), POOL)
+    least += _HALF
+    if above <= POOL:
+        of_negative, fill, above = _begin_bins(count, end, above, POOL)
+        least = tl.where(of_negative < _HALF, of_negative, least)
+    tl.store(bound_B3 + request * 3, least)
     tl.store(bound_B3 + request * 3 + 1, fill)
-    tl.store(bound_B3 + request * 3 + 2, (fitting == _BINS).to(tl.int32))
+    tl.store(bound_B3 + request * 3 + 2, (fill == above).to(tl.int32))
 
 
 @triton.jit
@@ -417,61 +416,54 @@ def _row_of(candidate):
 @triton.jit
 def _order_kernel(
     pool_BP, pool_group_CBP, count_BC, end_BC, bound_B3, head, ordered_BP, group_CBP, take_BP, group_stride,
-    CAPS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, NEAR: tl.constexpr,
-    STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    CAPS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK places of the pool: what is before the first one's bin is above, what is past the last one's is not."""
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
     request = tl.program_id(1).to(tl.int64)
+    pool = pool_BP + request * POOL
+    group = pool_group_CBP + request * POOL
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     fill = tl.load(bound_B3 + request * 3 + 1)
-    first = tl.program_id(0) * BLOCK
-    if first < fill:
-        pool = pool_BP + request * POOL
-        group = pool_group_CBP + request * POOL
-        number = first + tl.arange(0, BLOCK)
+    mine = tl.load(pool + number)
+    if CAPS > 0:
+        my_group = tl.load(group + number)
+    if CAPS > 1:
+        my_other = tl.load(group + group_stride + number)
+    if tl.program_id(0) * BLOCK < fill:
         is_there = number < fill
-        mine = tl.load(pool + number, is_there, _NO_CANDIDATE)
-        highest = request * _BINS + (tl.load(pool + first) >> 48) + _HALF
-        lowest = request * _BINS + (tl.load(pool + tl.minimum(first + BLOCK, fill) - 1) >> 48) + _HALF
-        begin = tl.load(end_BC + highest) - tl.load(count_BC + highest)
-        end = tl.load(end_BC + lowest)
-        before = tl.zeros([BLOCK], tl.int32)
-        before_other = tl.zeros([BLOCK], tl.int32)
+        bin_ = (mine >> 48).to(tl.int32) + _HALF
+        highest = request * _BINS + tl.max(tl.where(is_there, bin_, 0), 0)
+        end = tl.load(end_BC + request * _BINS + tl.min(tl.where(is_there, bin_, _BINS - 1), 0))
+        begin = (tl.load(end_BC + highest) - tl.load(count_BC + highest)) // OTHERS * OTHERS
+        is_above = tl.zeros([BLOCK, OTHERS], tl.float32)  # floats count in one instruction less than integers
         if CAPS > 0:
-            my_group = tl.load(group + number, is_there, -1)
-            in_group = tl.zeros([BLOCK, OTHERS], tl.int32)
+            in_group = tl.zeros([BLOCK, OTHERS], tl.float32)
             if CAPS > 1:
-                my_other = tl.load(group + group_stride + number, is_there, -1)
-                in_other = tl.zeros([BLOCK, OTHERS], tl.int32)
-            for start in tl.range(0, begin, OTHERS, num_stages=STAGES):
+                in_other = tl.zeros([BLOCK, OTHERS], tl.float32)
+            for start in tl.range(0, begin, OTHERS):
                 other = start + tl.arange(0, OTHERS)
-                theirs = tl.load(group + other, other < begin, -2)
-                in_group += (theirs[None, :] == my_group[:, None]).to(tl.int32)
+                in_group += (tl.load(group + other)[None, :] == my_group[:, None]).to(tl.float32)
                 if CAPS > 1:
-                    theirs = tl.load(group + group_stride + other, other < begin, -2)
-                    in_other += (theirs[None, :] == my_other[:, None]).to(tl.int32)
-            before = tl.sum(in_group, 1)
-            if CAPS > 1:
-                before_other = tl.sum(in_other, 1)
-        above = tl.zeros([BLOCK], tl.int32) + begin
-        for start in tl.range(begin, end, NEAR):
-            other = start + tl.arange(0, NEAR)
-            is_above = tl.load(pool + other, other < end, _NO_CANDIDATE)[None, :] > mine[:, None]
-            above += tl.sum(is_above.to(tl.int32), 1)
+                    in_other += (tl.load(group + group_stride + other)[None, :] == my_other[:, None]).to(tl.float32)
+        for start in tl.range(begin, end, OTHERS):
+            other = start + tl.arange(0, OTHERS)
+            is_more = (tl.load(pool + other, other < end, _NO_CANDIDATE)[None, :] > mine[:, None]).to(tl.float32)
+            is_above += is_more
             if CAPS > 0:
-                theirs = tl.load(group + other, other < end, -2)
-                before += tl.sum((is_above & (theirs[None, :] == my_group[:, None])).to(tl.int32), 1)
+                theirs = tl.load(group + other)
+                in_group += is_more * (theirs[None, :] == my_group[:, None]).to(tl.float32)
             if CAPS > 1:
-                theirs = tl.load(group + group_stride + other, other < end, -2)
-                before_other += tl.sum((is_above & (theirs[None, :] == my_other[:, None])).to(tl.int32), 1)
-        at = request * POOL + above
+                theirs = tl.load(group + group_stride + other)
+                in_other += is_more * (theirs[None, :] == my_other[:, None]).to(tl.float32)
+        at = request * POOL + begin + tl.sum(is_above, 1).to(tl.int32)
         tl.store(ordered_BP + at, mine, is_there)
         if CAPS > 0:
-            take = (before < tl.load(head + 3)) | (my_group < 0)
+            take = (tl.sum(in_group, 1) < tl.load(head + 3)) | (my_group < 0)
             if CAPS > 1:
-                take &= (before_other < tl.load(head + 4)) | (my_other < 0)
+                take &= (tl.sum(in_other, 1) < tl.load(head + 4)) | (my_other < 0)
                 tl.store(group_CBP + at, my_group, is_there)
                 tl.store(group_CBP + group_stride + at, my_other, is_there)
             tl.store(take_BP + at, take.to(tl.int32), is_there)
@@ -521,14 +513,14 @@ def _place_kernel(
     has_all = tl.load(bound_B3 + request * 3 + 2) != 0
     number = tl.arange(0, POOL)
     is_there = number < fill
-    candidate = tl.load(ordered_BP + request * POOL + number, is_there, _NO_CANDIDATE)
+    candidate = tl.load(ordered_BP + request * POOL + number)
     take = is_there.to(tl.int32)
     settled = POOL
     if CAPS > 0:
-        take = tl.load(take_BP + request * POOL + number, is_there, 0)
+        take = tl.where(is_there, tl.load(take_BP + request * POOL + number), 0)
     if CAPS > 1:
-        before = tl.load(before_BP + request * POOL + number, is_there, 0)
-        settled = tl.min(tl.where(take != before, number, POOL), 0)
+        before = tl.load(before_BP + request * POOL + number)
+        settled = tl.min(tl.where(is_there & (take != before), number, POOL), 0)
     at = tl.cumsum(take, 0) - take
     length = tl.minimum(tl.sum(take, 0), WALKED)
     firm = tl.sum(tl.where(number < settled, take, 0), 0)

@@ -90,6 +90,28 @@ class Loan:
         self._pool.give_back(self._stream)
 
 
+class Current:
+    """`torch.cuda.stream(stream)` in a fraction of its time, which is much to a search of a tenth of a millisecond."""
+
+    __slots__ = ("_before", "_device", "_stream")
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        stream = self._stream
+        self._device = torch._C._cuda_getDevice()
+        self._before = torch._C._cuda_getCurrentStream(stream.device_index)
+        torch._C._cuda_setStream(stream.stream_id, stream.device_index, stream.device_type)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        torch._C._cuda_setStream(*self._before)
+        if self._device != self._stream.device_index:
+            torch._C._cuda_setDevice(self._device)
+
+
 _POOLS: dict[int, StreamPool] = {}
 _MAKING = threading.Lock()
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed")
 from model.errors import ShapeError
 from model.retrieval import reference
-from model.retrieval.fused import FusedSearch, Shape, interaction_weights, kind_of, pool_of
+from model.retrieval.fused import Block, FusedSearch, Shape, interaction_weights, kind_of, pool_of
 from model.retrieval.index import LiveIndex, groups_of
 from model.retrieval.rows import ItemRows, Layout
 from model.retrieval.rules import Plan, Request, Requests
@@ -195,6 +195,20 @@ def test_plans_of_a_kind_share_a_search_and_caps_are_numbers() -> None:
         assert np.array_equal(found.utility_BK, wanted.utility_BK)
     assert fused._searches is not None
     assert len(fused._searches._free) == 3
+
+
+def test_a_block_s_parts_are_written_from_their_first_row_on() -> None:
+    parts = {"one": (torch.int64, (3,)), "two": (torch.float32, (4, 2))}
+    block = Block(parts, torch.device("cpu"))
+    block.put("two", torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    block.put("one", torch.tensor([7, 8, 9]))
+    block.put("one", torch.tensor([5]))
+    assert block.there["one"].tolist() == [5, 8, 9]
+    assert block.there["two"].tolist() == [[1, 2], [3, 4], [0, 0], [0, 0]]
+    wrong = torch.tensor([5], dtype=torch.int32), torch.zeros(33, dtype=torch.int64), torch.arange(4)[::2]
+    for value in wrong:
+        with pytest.raises(AssertionError, match="one"):
+            block.put("one", value)
 
 
 def test_kinds_of_plans() -> None:

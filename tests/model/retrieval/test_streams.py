@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.errors import IndexBusy
-from model.retrieval.streams import StreamPool, lent
+from model.retrieval.streams import Current, StreamPool, lent
 
 
 @dataclass
@@ -119,3 +119,17 @@ def test_streams_of_a_gpu_are_not_those_that_others_get() -> None:
     with lent(device) as first, lent(device) as second:
         assert first.cuda_stream != second.cuda_stream
         assert not {first.cuda_stream, second.cuda_stream} & others
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_stream_is_current_while_the_block_lasts() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    outer: Any = torch.cuda.Stream(device)
+    with torch.cuda.stream(outer), lent(device) as stream:
+        with Current(stream):
+            assert torch.cuda.current_stream(device) == stream
+        assert torch.cuda.current_stream(device) == outer
+        with pytest.raises(OSError, match="broken off"), Current(stream):
+            raise OSError("broken off")
+        assert torch.cuda.current_stream(device) == outer
+        assert torch.cuda.current_device() == device.index
