@@ -513,6 +513,20 @@ def _query_kernel(
 
 
 @gluon.jit
+def _copy_own(
+    key_desc, value_desc, key_buffers, value_buffers, item_ready, item_free, item_number, first, key_head,
+    W: gl.constexpr,
+):  # fmt: skip
+    """Copies keys and values of the 64 events of a group of warps once it has done with its last ones."""
+    mbarrier.wait(item_free.index(W), (item_number & 1) ^ 1)
+    ready = item_ready.index(W)
+    mbarrier.expect(ready, 2 * key_desc.block_type.nbytes)
+    at_row = [first + W * 64, key_head * key_desc.block_shape[1]]
+    _copy(key_desc, at_row, ready, key_buffers.index(W))
+    _copy(value_desc, at_row, ready, value_buffers.index(W))
+
+
+@gluon.jit
 def _history_producer(
     query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, buffers, barriers, plan, counts, key_heads,
     group, padded, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
@@ -526,12 +540,11 @@ def _history_producer(
         item_number = item // gl.num_programs(0)
         first, _, begin, rows, padded_row = _load_entry(plan, item, items, key_heads)
         key_head = item % key_heads
-        mbarrier.wait(item_free, (item_number & 1) ^ 1)
-        mbarrier.expect(item_ready, 4 * key_desc.block_type.nbytes)
-        for w in gl.static_range(2):
-            at_row = [first + w * 64, key_head * D]
-            _copy(key_desc, at_row, item_ready, key_buffers.index(w))
-            _copy(value_desc, at_row, item_ready, value_buffers.index(w))
+        _copy_own(
+            key_desc, value_desc, key_buffers, value_buffers, item_ready, item_free, item_number, first, key_head, 0
+        )
+        # The second group of warps may be behind by as many tiles as are still on their way: its own two wait for it.
+        left = STAGES - 1
         for member in range(group):
             head = key_head * group + member
             line = head * padded + padded_row
@@ -549,6 +562,16 @@ def _history_producer(
                 _copy(gradient_desc, [begin + row, head * D], ready, gradient_buffers.index(stage))
                 _copy(delta_desc, [line + row], ready, delta_buffers.index(stage))
                 number += 1
+                left -= 1
+                if left == 0:
+                    _copy_own(
+                        key_desc, value_desc, key_buffers, value_buffers, item_ready, item_free, item_number, first,
+                        key_head, 1,
+                    )  # fmt: skip
+        if left > 0:
+            _copy_own(
+                key_desc, value_desc, key_buffers, value_buffers, item_ready, item_free, item_number, first, key_head, 1
+            )
 
 
 @gluon.jit
@@ -579,13 +602,13 @@ def _history_consumer(
         key_head = item % key_heads
         key_result = gl.zeros([64, D], gl.float32, layout)
         value_result = gl.zeros([64, D], gl.float32, layout)
-        mbarrier.wait(item_ready, item_number & 1)
+        mbarrier.wait(item_ready.index(W), item_number & 1)
         key_Nd = key_buffers.index(W)
         value_Nd = value_buffers.index(W)
         if LEFT_IN_REGISTERS:
             key_Nd = key_Nd.load(left)
             value_Nd = value_Nd.load(left)
-            mbarrier.arrive(item_free, count=1)
+            mbarrier.arrive(item_free.index(W), count=1)
         if D > 64:
             if tiles > 0:
                 # Registers are short: of a tile's two products with shares only the key's waits for the next scores.
@@ -705,7 +728,7 @@ def _history_consumer(
             mbarrier.arrive(query_free.index(stage), count=1)
             number += 1
         if not LEFT_IN_REGISTERS:
-            mbarrier.arrive(item_free, count=1)
+            mbarrier.arrive(item_free.index(W), count=1)
         _store_rows(value_gradient, value_result, first, end, key_heads, key_head, W, D)
         _store_rows(key_gradient, key_result * scale, first, end, key_heads, key_head, W, D)
 
@@ -725,14 +748,15 @@ def _history_kernel(
     delta_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, M], lse_desc.layout)
     key_buffers = gl.allocate_shared_memory(dtype, [2, 64, D], key_desc.layout)
     value_buffers = gl.allocate_shared_memory(dtype, [2, 64, D], key_desc.layout)
-    item_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    item_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    item_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    item_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     query_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     query_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     gradient_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     gradient_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(item_ready, count=1)
-    mbarrier.init(item_free, count=2)
+    for w in gl.static_range(2):
+        mbarrier.init(item_ready.index(w), count=1)
+        mbarrier.init(item_free.index(w), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(query_ready.index(i), count=1)
         mbarrier.init(query_free.index(i), count=2)
