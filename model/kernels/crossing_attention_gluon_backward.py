@@ -811,7 +811,7 @@ def _single_producer(
 
 
 @gluon.jit
-def _add_part(at, pending_at, part_Md, is_first, D: gl.constexpr, layout: gl.constexpr):
+def _add_part(at, pending_at, part_Md, block, D: gl.constexpr, layout: gl.constexpr):
     """Adds 64 rows to the item's own sums; its first block's are stored, for no sum has been set to zero.
 
     Nobody but this thread writes to its places in the whole launch, and a thread's operations on one place are done in
@@ -820,7 +820,7 @@ def _add_part(at, pending_at, part_Md, is_first, D: gl.constexpr, layout: gl.con
     row = gl.arange(0, 64, gl.SliceLayout(1, layout))
     channel_d = gl.arange(0, D, gl.SliceLayout(0, layout))
     at = at + pending_at + (row[:, None] * D + channel_d[None, :])
-    if is_first != 0:
+    if block == 0:
         gl.store(at, part_Md)
     else:
         gl.atomic_add(at, part_Md, sem="relaxed", scope="gpu")
@@ -885,7 +885,7 @@ def _even_tile(
 @gluon.jit
 def _odd_tile(
     key_Nd, value_Nd, key_result, value_result, share_left_NM, score_gradient_left_NM, is_event_N, is_whole, number,
-    pair, pending_at, pending_is_first, pending_place, part, query_sums, buffers, barriers, scale,
+    pair, pending_at, pending_block, pending_place, part, query_sums, buffers, barriers, scale,
     W: gl.constexpr, IS_FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The second tile of a pair: the queries' gradients of the pair before leave before the other products start."""
@@ -905,7 +905,7 @@ def _odd_tile(
     score = warpgroup_mma(key_Nd, query_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
     part_Md = warpgroup_mma_wait(1, deps=[part])
     if pair > 0:
-        _add_part(query_sums, pending_at, part_Md, pending_is_first, D, layout)
+        _add_part(query_sums, pending_at, part_Md, pending_block, D, layout)
     through = warpgroup_mma(
         value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
     )
@@ -935,7 +935,7 @@ def _odd_tile(
 @gluon.jit
 def _single_pair(
     key_Nd, value_Nd, key_result, value_result, share_left_NM, score_gradient_left_NM, is_event_N, is_whole, number,
-    pair, pending_at, pending_is_first, pending_place, query_sums, buffers, barriers, scale,
+    pair, pending_at, pending_block, pending_place, query_sums, buffers, barriers, scale,
     W: gl.constexpr, IS_FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Two tiles of 64 tokens; of the pair before, the queries' gradients, 64 rows a group of warps."""
@@ -945,7 +945,7 @@ def _single_pair(
     )  # fmt: skip
     return _odd_tile(
         key_Nd, value_Nd, key_result, value_result, share_left_NM, score_gradient_left_NM, is_event_N, is_whole,
-        number + 1, pair, pending_at, pending_is_first, pending_place, part, query_sums, buffers, barriers, scale,
+        number + 1, pair, pending_at, pending_block, pending_place, part, query_sums, buffers, barriers, scale,
         W, IS_FIRST, D, STAGES,
     )  # fmt: skip
 
@@ -967,7 +967,7 @@ def _single_consumer(
     pair = 0
     block_number = 0
     pending_at = gl.to_tensor(0).to(gl.int64)
-    pending_is_first = gl.to_tensor(0)
+    pending_block = gl.to_tensor(0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         at = plan + item // key_heads * _ENTRY_SIZE
         first = gl.load(at)
@@ -992,18 +992,18 @@ def _single_consumer(
                 share_left_NM = gl.zeros([64, 64], dtype, score_left)
                 key_result, value_result, share_left_NM, score_gradient_left_NM = _single_pair(
                     key_Nd, value_Nd, key_result, value_result, share_left_NM, share_left_NM, is_event_N, is_whole,
-                    number, pair, pending_at, pending_is_first, 1 - place, query_sums, buffers, barriers, scale,
+                    number, pair, pending_at, pending_block, 1 - place, query_sums, buffers, barriers, scale,
                     W, True, D, STAGES,
                 )  # fmt: skip
                 pending_at = item_at
-                pending_is_first = (block == 0).to(gl.int32)
+                pending_block = block
                 number += 2
                 pair += 1
                 left = pairs_each
                 for _pair in range(1, pairs_each * group):
                     key_result, value_result, share_left_NM, score_gradient_left_NM = _single_pair(
                         key_Nd, value_Nd, key_result, value_result, share_left_NM, score_gradient_left_NM, is_event_N,
-                        is_whole, number, pair, pending_at, pending_is_first, place, query_sums, buffers, barriers,
+                        is_whole, number, pair, pending_at, pending_block, place, query_sums, buffers, barriers,
                         scale, W, False, D, STAGES,
                     )  # fmt: skip
                     pending_at += _TILE * D
@@ -1034,7 +1034,7 @@ def _single_consumer(
             nothing_Md, use_acc=False, is_async=True,
         )  # fmt: skip
         part_Md = warpgroup_mma_wait(0, deps=[product])
-        _add_part(query_sums, pending_at, part_Md, pending_is_first, D, layout)
+        _add_part(query_sums, pending_at, part_Md, pending_block, D, layout)
 
 
 @gluon.jit(do_not_specialize=["key_heads", "group"])
@@ -1109,13 +1109,13 @@ def _sum_kernel(
     head = tl.program_id(0) % heads
     share = tl.program_id(0) // heads % shares
     tile = tl.program_id(0) // heads // shares
+    plane = plane.to(tl.int64)
     if tile < tl.load(counts):
         at = plan + tile * _ENTRY_SIZE
         end = tl.load(at + 1)
         events = tl.load(at + 3)
         blocks = (events + _TILE - 1) // _TILE
         each = _blocks_each(events, PART_BLOCKS, MOST_PARTS)
-        plane = plane.to(tl.int64)
         row_in_tile_M = share * ROWS + tl.arange(0, ROWS)
         padded_M = head.to(tl.int64) * padded + tl.load(at + 4) + row_in_tile_M
         row_M = (tl.load(at) + row_in_tile_M).to(tl.int64)
