@@ -13,7 +13,7 @@ The backward pass is in `crossing_attention_gluon_backward`. Gluon has no interp
 Legend: as in crossing_attention; M rows (tokens) of a warpgroup, N events of a block, G chunks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -96,6 +96,12 @@ def hopper_forward(
     is_split = most_chunks > 0 and tiles.is_split is not False
     if is_split and tiles.is_split is None:
         is_split = _is_split_worthwhile(query, max(triton.cdiv(num_tokens, rows), requests) * heads, most_chunks)
+    if is_split and tiles.warpgroups == 2:
+        programs = most_chunks * triton.cdiv(num_tokens, rows) * heads
+        if 4 * programs < 3 * torch.cuda.get_device_properties(query.device).multi_processor_count:
+            tiles = replace(tiles, warpgroups=1, in_turns=False)
+            rows = 64
+            slots = (num_tokens - holders) // rows + holders
     if is_split:
         part_GTHd = query.new_empty(most_chunks, num_tokens, heads, channels, dtype=torch.float32)
         part_max_GTH, part_sum_GTH = lse.new_empty(2, most_chunks, num_tokens, heads)
@@ -122,13 +128,13 @@ def hopper_forward(
         _descriptor(value_self, 64), query, query.stride(0), *self_pair,
         candidate_offsets, history_offsets, order, out, lse, part_GTHd, part_max_GTH, part_sum_GTH, num_tokens,
         **shared, KEYS=tiles.keys, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups, MOST_RANKED=_MOST_RANKED,
-        REGISTERS=worker_registers, IS_RANKED=requests <= _MOST_RANKED, IS_SPLIT=is_split, IN_TURNS=tiles.in_turns and tiles.warpgroups == 2, STAGGER=tiles.stagger,
-        num_warps=4, maxnreg=launch,
+        REGISTERS=worker_registers, IS_RANKED=requests <= _MOST_RANKED, IS_SPLIT=is_split,
+        IN_TURNS=tiles.in_turns and tiles.warpgroups == 2, STAGGER=tiles.stagger, num_warps=4, maxnreg=launch,
     )  # fmt: skip
     if is_split:
         _fold_kernel[(triton.cdiv(num_tokens, 16) * heads,)](
             query, query.stride(0), *self_pair, candidate_offsets, history_offsets, out, lse,
-            part_GTHd, part_max_GTH, part_sum_GTH, num_tokens, **shared, num_warps=1,
+            part_GTHd, part_max_GTH, part_sum_GTH, num_tokens, **shared, num_warps=1, launch_pdl=True,
         )  # fmt: skip
     return out, lse
 
@@ -231,6 +237,20 @@ def _rank(candidate_offsets, history_offsets, requests, slot, ROWS: gl.constexpr
 
 
 @gluon.jit
+def _allow_next(any_number):
+    """The kernel launched next may start."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.b32 $0, $1;", "=r,r", [any_number], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def _wait_for_last(any_number):
+    """Until the kernel launched before is done."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, $1;", "=r,r", [any_number], gl.int32, False, 1)
+
+
+@gluon.jit
 def _own_of_tiles(query_tile, own_key, own_value, scale_log2, LAYOUT: gl.constexpr):
     """What _read_own gives where each row is a candidate, of tiles that have been fetched."""
     query_Md = query_tile.load(LAYOUT).to(gl.float32)
@@ -295,10 +315,11 @@ def _store(out, lse, row_M, is_row_M, head, heads, largest, total, read, D: gl.c
 
 @gluon.jit
 def _fetch(
-    work, query_desc, key_desc, value_desc, own_key_desc, own_value_desc, buffers, barriers,
-    D: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr, WARPGROUPS: gl.constexpr, HAS_OWN: gl.constexpr,
-):  # fmt: skip
+    shared, D: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr, WARPGROUPS: gl.constexpr, HAS_OWN: gl.constexpr
+):
     """The fetching warpgroup: queries of each that has any, then blocks of keys and values as they are freed."""
+    work, descs, buffers, barriers = shared
+    query_desc, key_desc, value_desc, own_key_desc, own_value_desc = descs
     first, end, history_begin, length, first_chunk, last_chunk, head, key_head = work
     query_tiles, key_tiles, value_tiles, own_tiles = buffers
     query_full, key_full, key_free, value_full, value_free, _ = barriers
@@ -387,7 +408,12 @@ def _wait_apart(clocks):
         setp.lt.and.u32 again, now, $1, late;
         @again bra AGAIN;
         mov.b32 $0, now;
-        }""", "=r,r", [clocks], gl.int32, False, 1,
+        }""",
+        "=r,r",
+        [clocks],
+        gl.int32,
+        False,
+        1,
     )
 
 
@@ -565,14 +591,17 @@ def _attend(
 @gluon.jit(do_not_specialize=["num_tokens", "requests"])
 def _forward_kernel(
     query_desc, key_desc, value_desc, own_key_desc, own_value_desc, query, query_stride, key_self, value_self,
-    key_self_stride, value_self_stride, candidate_offsets, history_offsets, order, out, lse, part, part_max, part_sum, num_tokens, heads, group, requests,
-    scale_log2, TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    key_self_stride, value_self_stride, candidate_offsets, history_offsets, order, out, lse, part, part_max, part_sum,
+    num_tokens, heads, group, requests, scale_log2,
+    TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, MOST_RANKED: gl.constexpr, REGISTERS: gl.constexpr, IS_RANKED: gl.constexpr,
     IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr, STAGGER: gl.constexpr,
 ):  # fmt: skip
     """Tokens of one tile and head over the whole history; where it is split, over one chunk, left in `part`."""
     slot = gl.program_id(0) // heads
     head = gl.program_id(0) % heads
+    if IS_SPLIT:
+        _allow_next(slot)
     if IS_RANKED:
         first, end, history_begin, length = _rank(
             candidate_offsets, history_offsets, requests, slot, WARPGROUPS * _ROWS, MOST_RANKED
@@ -621,10 +650,12 @@ def _forward_kernel(
     sizes = (query_stride, key_self_stride, value_self_stride, num_tokens, heads)
     work = (first, end, history_begin, length, first_chunk, last_chunk, head, key_head)
     shared = (work, pointers, sizes, buffers, barriers, scale_log2)
+    descs = (query_desc, key_desc, value_desc, own_key_desc, own_value_desc)
+    fetch = (work, descs, buffers, barriers)
     if WARPGROUPS == 1:
         gl.warp_specialize(
             [
-                (_fetch, (work, query_desc, key_desc, value_desc, own_key_desc, own_value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS, TOKENS == 1 and not IS_SPLIT)),
+                (_fetch, (fetch, D, KEYS, CHUNK, WARPGROUPS, TOKENS == 1 and not IS_SPLIT)),
                 (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, STAGGER, WARPGROUPS)),
             ],
             [4],
@@ -633,7 +664,7 @@ def _forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_fetch, (work, query_desc, key_desc, value_desc, own_key_desc, own_value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS, TOKENS == 1 and not IS_SPLIT)),
+                (_fetch, (fetch, D, KEYS, CHUNK, WARPGROUPS, TOKENS == 1 and not IS_SPLIT)),
                 (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, STAGGER, WARPGROUPS)),
                 (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, STAGGER, WARPGROUPS)),
             ],
@@ -681,6 +712,7 @@ def _fold_kernel(
         query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M, head,
         head // group, scale_log2, TOKENS, D, READ,
     )  # fmt: skip
+    _wait_for_last(first)
     AT_ONCE: gl.constexpr = 256 // D  # as many as registers hold
     for chunk in range(0, gl.max(chunks_M, 0), AT_ONCE):
         one = _load_part(part, part_max, part_sum, row_M, chunks_M, chunk, num_tokens, head, heads, D)
