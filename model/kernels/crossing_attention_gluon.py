@@ -13,7 +13,7 @@ The backward pass is in `crossing_attention_gluon_backward`. Gluon has no interp
 Legend: as in crossing_attention; M rows (tokens) of a warpgroup, N events of a block, G chunks.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -56,15 +56,28 @@ class HopperTiles:
     """Whether each chunk has a program of its own; None: where there would be too few programs otherwise."""
     in_turns: bool = False
     """Whether two warpgroups of a program begin their products in turn."""
-    stagger: int = 0
-    """Clocks that every other program of a multiprocessor first waits."""
+    is_ahead: bool = False
+    """Whether the scores of a block are begun before the exponentials of the one before; takes more registers."""
 
 
-def choose_hopper_tiles(head_dim: int) -> HopperTiles:
-    """Tiles for heads of 64 or 128 channels."""
-    if head_dim == 64:
-        return HopperTiles(keys=128, chunk=2048, warpgroups=1, stages=2, programs_per_sm=2)
-    return HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=2)
+def choose_hopper_tiles(head_dim: int, is_one_wave: bool = False) -> HopperTiles:
+    """Tiles for heads of 64 or 128 channels; the same bits for one wave as for others."""
+    if head_dim == 128:
+        return HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=2)
+    if is_one_wave:
+        return HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=3, in_turns=True)
+    return HopperTiles(keys=128, chunk=2048, warpgroups=1, stages=2, programs_per_sm=2)
+
+
+def is_one_wave(query: torch.Tensor, requests: int) -> bool:
+    """Whether programs of 128 tokens would be no more than multiprocessors, and at least three quarters of them.
+
+    Then each program should have more keys on their way: 16 requests of 128 candidates, 8 heads of 64 channels and
+    8,192 events take 92 us so and 95 in twice as many programs; in any other measured case it is no faster.
+    """
+    programs = max(triton.cdiv(len(query), 128), requests) * query.shape[1]
+    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    return 3 * multiprocessors <= 4 * programs <= 4 * multiprocessors
 
 
 def is_hopper(query: torch.Tensor) -> bool:
@@ -96,12 +109,6 @@ def hopper_forward(
     is_split = most_chunks > 0 and tiles.is_split is not False
     if is_split and tiles.is_split is None:
         is_split = _is_split_worthwhile(query, max(triton.cdiv(num_tokens, rows), requests) * heads, most_chunks)
-    if is_split and tiles.warpgroups == 2:
-        programs = most_chunks * triton.cdiv(num_tokens, rows) * heads
-        if 4 * programs < 3 * torch.cuda.get_device_properties(query.device).multi_processor_count:
-            tiles = replace(tiles, warpgroups=1, in_turns=False)
-            rows = 64
-            slots = (num_tokens - holders) // rows + holders
     if is_split:
         part_GTHd = query.new_empty(most_chunks, num_tokens, heads, channels, dtype=torch.float32)
         part_max_GTH, part_sum_GTH = lse.new_empty(2, most_chunks, num_tokens, heads)
@@ -129,7 +136,7 @@ def hopper_forward(
         candidate_offsets, history_offsets, order, out, lse, part_GTHd, part_max_GTH, part_sum_GTH, num_tokens,
         **shared, KEYS=tiles.keys, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups, MOST_RANKED=_MOST_RANKED,
         REGISTERS=worker_registers, IS_RANKED=requests <= _MOST_RANKED, IS_SPLIT=is_split,
-        IN_TURNS=tiles.in_turns and tiles.warpgroups == 2, STAGGER=tiles.stagger, num_warps=4, maxnreg=launch,
+        IN_TURNS=tiles.in_turns and tiles.warpgroups == 2, IS_AHEAD=tiles.is_ahead, num_warps=4, maxnreg=launch,
     )  # fmt: skip
     if is_split:
         _fold_kernel[(triton.cdiv(num_tokens, 16) * heads,)](
@@ -337,17 +344,26 @@ def _fetch(
     for chunk in range(first_chunk, last_chunk):
         chunk_end = gl.minimum(chunk * CHUNK + CHUNK, length)
         blocks = (chunk_end - chunk * CHUNK + KEYS - 1) // KEYS
-        for i in range(blocks):
-            at = history_begin + chunk * CHUNK + (blocks - 1 - i) * KEYS
-            stage = turn % STAGES
-            phase = (turn // STAGES) & 1
-            mbarrier.wait(key_free.index(stage), phase ^ 1)
-            mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
-            _tma_load(key_desc, [at, key_head * D], key_full.index(stage), key_tiles.index(stage))
-            mbarrier.wait(value_free.index(stage), phase ^ 1)
-            mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
-            _tma_load(value_desc, [at, key_head * D], value_full.index(stage), value_tiles.index(stage))
-            turn += 1
+        newest = history_begin + chunk * CHUNK + (blocks - 1) * KEYS
+        # Keys of a block before values of the one before it: they are wanted so.
+        for i in range(blocks + 1):
+            if i < blocks:
+                stage = (turn + i) % STAGES
+                mbarrier.wait(key_free.index(stage), (((turn + i) // STAGES) & 1) ^ 1)
+                mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
+                _tma_load(
+                    key_desc, [newest - i * KEYS, key_head * D], key_full.index(stage), key_tiles.index(stage)
+                )
+            if i > 0:
+                before = turn + i - 1
+                stage = before % STAGES
+                mbarrier.wait(value_free.index(stage), ((before // STAGES) & 1) ^ 1)
+                mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
+                _tma_load(
+                    value_desc, [newest - (i - 1) * KEYS, key_head * D], value_full.index(stage),
+                    value_tiles.index(stage),
+                )  # fmt: skip
+        turn += blocks
 
 
 @gluon.jit
@@ -393,28 +409,57 @@ def _give_turn(any_number, w: gl.constexpr):
 
 
 @gluon.jit
-def _wait_apart(clocks):
-    """A program that shares its multiprocessor with one begun before it waits a little."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .u32 from, now;
-        .reg .pred again, late;
-        mov.u32 now, %warpid;
-        setp.ge.u32 late, now, 8;
-        mov.u32 from, %clock;
-        AGAIN:
-        mov.u32 now, %clock;
-        sub.u32 now, now, from;
-        setp.lt.and.u32 again, now, $1, late;
-        @again bra AGAIN;
-        mov.b32 $0, now;
-        }""",
-        "=r,r",
-        [clocks],
-        gl.int32,
-        False,
-        1,
+def _next_shares(
+    score, largest, total, read, scale_log2, come, phase, KEYS: gl.constexpr, IN_FLIGHT: gl.constexpr
+):  # fmt: skip
+    """Softmax as it goes (Milakov and Gimelshein 2018), one block on; waits for `read`, begun before IN_FLIGHT others.
+
+    come, phase: a barrier that has been passed. ptxas moves no work past its branch: the maximum stays before the wait.
+    """
+    EACH: gl.constexpr = largest.type.layout
+    THREAD: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    row_max = gl.convert_layout(_max_of_row(score, KEYS), EACH)
+    new_largest = gl.maximum(largest, row_max * scale_log2)
+    shrink = gl.exp2(largest - new_largest)
+    mbarrier.wait(come, phase)
+    read = warpgroup_mma_wait(IN_FLIGHT, deps=[read])
+    ROW: gl.constexpr = gl.SliceLayout(1, read.type.layout)
+    share = gl.exp2(gl.fma(score, scale_log2, -new_largest[:, None]))
+    total = gl.fma(total, gl.convert_layout(shrink, THREAD)[:, None], _sum_of_thread(share, KEYS))
+    read = read * gl.convert_layout(shrink, ROW)[:, None]
+    return share, new_largest, total, read
+
+
+@gluon.jit
+def _step_ahead(
+    query_tile, key_tiles, value_tiles, barriers, turn, operand, score, largest, total, read, scale_log2,
+    KEYS: gl.constexpr,
+):  # fmt: skip
+    """Block turn is read, block turn + 1 becomes shares, and block turn + 2 becomes scores, all at once."""
+    _, key_full, key_free, value_full, value_free, _ = barriers
+    STAGES: gl.constexpr = key_tiles.type.shape[0]
+    SCORES: gl.constexpr = score.type.layout
+    SHARES: gl.constexpr = operand.type.layout
+    stage = turn % STAGES
+    phase = (turn // STAGES) & 1
+    later_stage = (turn + 2) % STAGES
+    later_phase = ((turn + 2) // STAGES) & 1
+    mbarrier.wait(value_full.index(stage), phase)
+    mbarrier.wait(key_full.index(later_stage), later_phase)
+    read = warpgroup_mma(operand, value_tiles.index(stage), read, is_async=True)
+    nothing = gl.zeros([_ROWS, KEYS], gl.float32, SCORES)
+    ahead = warpgroup_mma(
+        query_tile, key_tiles.index(later_stage).permute((1, 0)), nothing, use_acc=False, is_async=True
     )
+    share, largest, total, read = _next_shares(
+        score, largest, total, read, scale_log2, value_full.index(stage), phase, KEYS, 1
+    )
+    mbarrier.arrive(value_free.index(stage), count=1)
+    operand = gl.convert_layout(share.to(value_tiles.dtype), SHARES)
+    mbarrier.wait(key_full.index(later_stage), later_phase)
+    ahead = warpgroup_mma_wait(0, deps=[ahead])
+    mbarrier.arrive(key_free.index(later_stage), count=1)
+    return operand, ahead, largest, total, read
 
 
 @gluon.jit
@@ -504,9 +549,96 @@ def _read_chunk(
 
 
 @gluon.jit
+def _read_chunk_ahead(
+    query_tile, key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
+    w: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """As _read_chunk, with the same bits: the scores of a block are on their way during the exponentials before it.
+
+    Needs registers for two blocks of scores.
+    """
+    _, key_full, key_free, value_full, value_free, value_cleared = barriers
+    STAGES: gl.constexpr = key_tiles.type.shape[0]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    READ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    SHARES: gl.constexpr = gl.DotOperandLayout(0, READ, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, READ)
+    dtype: gl.constexpr = key_tiles.dtype
+    nothing = gl.zeros([_ROWS, KEYS], gl.float32, SCORES)
+    read = gl.zeros([_ROWS, D], gl.float32, READ)
+
+    stage = turn % STAGES
+    phase = (turn // STAGES) & 1
+    mbarrier.wait(key_full.index(stage), phase)
+    score = warpgroup_mma(query_tile, key_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    score = warpgroup_mma_wait(0, deps=[score])
+    mbarrier.arrive(key_free.index(stage), count=1)
+    if limit < KEYS:
+        # One warpgroup clears what the others then read.
+        if w == 0:
+            mbarrier.wait(value_full.index(stage), phase)
+            _clear_past(value_tiles.index(stage), limit, KEYS, D)
+            _barrier()
+            mbarrier.arrive(value_cleared, count=1)
+        else:
+            mbarrier.wait(value_cleared, 0)
+    event_N = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
+    score = gl.where(event_N[None, :] < limit, score, float("-inf"))
+    largest = gl.convert_layout(_max_of_row(score, KEYS), gl.SliceLayout(1, SCORES)) * scale_log2
+    if blocks > 1:
+        next_stage = (turn + 1) % STAGES
+        mbarrier.wait(key_full.index(next_stage), ((turn + 1) // STAGES) & 1)
+        ahead = warpgroup_mma(
+            query_tile, key_tiles.index(next_stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
+        share = gl.exp2(gl.fma(score, scale_log2, -largest[:, None]))
+        total = _sum_of_thread(share, KEYS)
+        operand = gl.convert_layout(share.to(dtype), SHARES)
+        mbarrier.wait(key_full.index(next_stage), ((turn + 1) // STAGES) & 1)
+        score = warpgroup_mma_wait(0, deps=[ahead])
+        mbarrier.arrive(key_free.index(next_stage), count=1)
+        for _pair in range((blocks - 2) // 2):
+            operand, other, largest, total, read = _step_ahead(
+                query_tile, key_tiles, value_tiles, barriers, turn, operand, score, largest, total, read, scale_log2,
+                KEYS,
+            )  # fmt: skip
+            operand, score, largest, total, read = _step_ahead(
+                query_tile, key_tiles, value_tiles, barriers, turn + 1, operand, other, largest, total, read,
+                scale_log2, KEYS,
+            )  # fmt: skip
+            turn += 2
+        if blocks % 2 == 1:
+            operand, score, largest, total, read = _step_ahead(
+                query_tile, key_tiles, value_tiles, barriers, turn, operand, score, largest, total, read, scale_log2,
+                KEYS,
+            )  # fmt: skip
+            turn += 1
+        stage = turn % STAGES
+        phase = (turn // STAGES) & 1
+        mbarrier.wait(value_full.index(stage), phase)
+        partly = warpgroup_mma(operand, value_tiles.index(stage), read, is_async=True)
+        share, largest, total, read = _next_shares(
+            score, largest, total, partly, scale_log2, value_full.index(stage), phase, KEYS, 0
+        )
+        mbarrier.arrive(value_free.index(stage), count=1)
+        operand = gl.convert_layout(share.to(dtype), SHARES)
+        turn += 1
+    else:
+        share = gl.exp2(gl.fma(score, scale_log2, -largest[:, None]))
+        total = _sum_of_thread(share, KEYS)
+        operand = gl.convert_layout(share.to(dtype), SHARES)
+    stage = turn % STAGES
+    mbarrier.wait(value_full.index(stage), (turn // STAGES) & 1)
+    read = warpgroup_mma(operand, value_tiles.index(stage), read, is_async=True)
+    read = warpgroup_mma_wait(0, deps=[read])
+    mbarrier.arrive(value_free.index(stage), count=1)
+    return gl.convert_layout(largest, ROW), gl.convert_layout(gl.sum(total, 1), ROW), read, turn + 1
+
+
+@gluon.jit
 def _attend(
     shared, w: gl.constexpr, TOKENS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr,
-    IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr, STAGGER: gl.constexpr, WARPGROUPS: gl.constexpr,
+    IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr, IS_AHEAD: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: its 64 rows over the chunks."""
     work, pointers, sizes, buffers, barriers, scale_log2 = shared
@@ -520,17 +652,21 @@ def _attend(
     row_M = (first + w * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, READ))).to(gl.int64)
     is_row_M = row_M < end
     turn = 0
-    if STAGGER and gl.program_id(0) + gl.program_id(1) * gl.num_programs(0) < 2 * 132:
-        _wait_apart(turn + STAGGER)
     if first + w * _ROWS < end:
         if IS_SPLIT:
             mbarrier.wait(query_full.index(w), 0)
             chunk_end = gl.minimum(first_chunk * CHUNK + CHUNK, length) - first_chunk * CHUNK
             blocks = (chunk_end + KEYS - 1) // KEYS
-            largest, total, read, turn = _read_chunk(
-                query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, chunk_end - (blocks - 1) * KEYS,
-                scale_log2, w, KEYS, D, IN_TURNS,
-            )  # fmt: skip
+            limit = chunk_end - (blocks - 1) * KEYS
+            if IS_AHEAD:
+                largest, total, read, turn = _read_chunk_ahead(
+                    query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2, w, KEYS, D
+                )
+            else:
+                largest, total, read, turn = _read_chunk(
+                    query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2, w, KEYS, D,
+                    IN_TURNS,
+                )  # fmt: skip
             at_M = (row_M + first_chunk * num_tokens) * heads + head
             channel_d = gl.arange(0, D, gl.SliceLayout(0, READ))
             gl.store(part_max + at_M, largest, is_row_M)
@@ -556,10 +692,17 @@ def _attend(
             for chunk in range(first_chunk, last_chunk):
                 chunk_end = gl.minimum(chunk * CHUNK + CHUNK, length) - chunk * CHUNK
                 blocks = (chunk_end + KEYS - 1) // KEYS
-                chunk_largest, chunk_total, chunk_read, turn = _read_chunk(
-                    query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks,
-                    chunk_end - (blocks - 1) * KEYS, scale_log2, w, KEYS, D, IN_TURNS,
-                )  # fmt: skip
+                limit = chunk_end - (blocks - 1) * KEYS
+                if IS_AHEAD:
+                    chunk_largest, chunk_total, chunk_read, turn = _read_chunk_ahead(
+                        query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
+                        w, KEYS, D,
+                    )  # fmt: skip
+                else:
+                    chunk_largest, chunk_total, chunk_read, turn = _read_chunk(
+                        query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
+                        w, KEYS, D, IN_TURNS,
+                    )  # fmt: skip
                 read = totals.index(w).load(READ)
                 largest, total, read = _fold(largest, total, read, chunk_largest, chunk_total, chunk_read)
                 totals.index(w).store(read)
@@ -595,7 +738,7 @@ def _forward_kernel(
     num_tokens, heads, group, requests, scale_log2,
     TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, MOST_RANKED: gl.constexpr, REGISTERS: gl.constexpr, IS_RANKED: gl.constexpr,
-    IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr, STAGGER: gl.constexpr,
+    IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr, IS_AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Tokens of one tile and head over the whole history; where it is split, over one chunk, left in `part`."""
     slot = gl.program_id(0) // heads
@@ -656,7 +799,7 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_fetch, (fetch, D, KEYS, CHUNK, WARPGROUPS, TOKENS == 1 and not IS_SPLIT)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, STAGGER, WARPGROUPS)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, IS_AHEAD, WARPGROUPS)),
             ],
             [4],
             [REGISTERS],
@@ -665,8 +808,8 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_fetch, (fetch, D, KEYS, CHUNK, WARPGROUPS, TOKENS == 1 and not IS_SPLIT)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, STAGGER, WARPGROUPS)),
-                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, STAGGER, WARPGROUPS)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, IS_AHEAD, WARPGROUPS)),
+                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, IS_AHEAD, WARPGROUPS)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
