@@ -351,9 +351,7 @@ def _fetch(
                 stage = (turn + i) % STAGES
                 mbarrier.wait(key_free.index(stage), (((turn + i) // STAGES) & 1) ^ 1)
                 mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
-                _tma_load(
-                    key_desc, [newest - i * KEYS, key_head * D], key_full.index(stage), key_tiles.index(stage)
-                )
+                _tma_load(key_desc, [newest - i * KEYS, key_head * D], key_full.index(stage), key_tiles.index(stage))
             if i > 0:
                 before = turn + i - 1
                 stage = before % STAGES
