@@ -7,6 +7,7 @@ program or each by its own, with the same bits (docs/decisions/0013). What diffe
 - Within a chunk the newest block comes first: the only one that may reach past the history's end. TMA fetches what
   lies there (zeros past the tensor); its scores are masked and its values cleared, since 0 times NaN is NaN.
 - Programs take the longest histories first, so that none of them is left alone at the end.
+- Keys of a block are fetched before the values of the block before it: that is how they are wanted.
 
 The backward pass is in `crossing_attention_gluon_backward`. Gluon has no interpreter: only a Hopper GPU runs this.
 
@@ -75,8 +76,8 @@ def is_one_wave(query: torch.Tensor, requests: int) -> bool:
     Then each program should have more keys on their way: 16 requests of 128 candidates, 8 heads of 64 channels and
     8,192 events take 92 us so and 95 in twice as many programs; in any other measured case it is no faster.
     """
-    programs = max(triton.cdiv(len(query), 128), requests) * query.shape[1]
-    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    programs: int = max(triton.cdiv(len(query), 128), requests) * query.shape[1]
+    multiprocessors: int = torch.cuda.get_device_properties(query.device).multi_processor_count
     return 3 * multiprocessors <= 4 * programs <= 4 * multiprocessors
 
 
