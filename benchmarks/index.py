@@ -17,10 +17,6 @@ key-value map in the process.
 
 Before that, how the slates' composition shifts from 8 shards with quotas and caps of their own to the global slate.
 
-int8 against bfloat16: 1,000,000 items and 64 users around 4,096 directions drawn alike (a direction of length 8 plus
-normal noise of length 6, rescaled to 8), so 16 numbers of a half each; share of the best 1,000 that both find, by dot
-product and by an untrained MLP.
-
 Updates: one thread searches without pause; another applies batches of updates ten times a second, a tenth of them whole
 rows, the rest bids and budgets. Each rate's p50 and p99 over those of the quiet index before and after.
 
@@ -58,7 +54,7 @@ VERSION = "benchmark"
 LAYOUT = Layout(embedding_dim=256, scalars=16, attributes=1)
 TARGET_MS = {1: 0.075, 8: 0.33, 32: 1.25}
 ANSWERS, TORN_S = 1_000_000, 50.0
-PARTS = ("compare", "int8", "updates", "torn")
+PARTS = ("compare", "updates", "torn")
 CATEGORIES, ADVERTISERS, SEEN, SHARDS = 64, 5000, 512, 8
 
 
@@ -528,59 +524,6 @@ class HostRules:
         return row_P[kept][: self.plan.k]
 
 
-# int8 against bfloat16
-
-
-def around_directions(count: int, directions: int, seed: int) -> torch.Tensor:
-    """f32 [count, 256], of length 8: a direction, one of so many, and noise three quarters as long."""
-    random = torch.Generator().manual_seed(seed)
-    direction_DE = torch.nn.functional.normalize(
-        torch.randn(directions, 256, generator=torch.Generator().manual_seed(0))
-    )
-    which = torch.randint(0, directions, (count,), generator=random)
-    value = direction_DE[which] * 8 + torch.randn(count, 256, generator=random) * (6 / 16)
-    return torch.nn.functional.normalize(value) * 8
-
-
-def eight_bits(device: str, items: int = 1_000_000, users: int = 64, k: int = 1000) -> list[dict[str, Any]]:
-    """How much of the best k that bfloat16 rows give int8 and float8 rows give too; the entries to record."""
-    layout = Layout(embedding_dim=256, scalars=16, words=(0, 0, 0))
-    random = torch.Generator().manual_seed(5)
-    rows = ItemRows.build(
-        VERSION, layout, list(range(items)), around_directions(items, 4096, 1),
-        scalar_RS=torch.randn(items, 16, generator=random),
-    )  # fmt: skip
-    user_BE = around_directions(users, 4096, 2)
-    torch.manual_seed(0)
-    scorers = {"dot": DotScorer(), "mlp": InteractionScorer(256, 16).bfloat16()}
-    found: dict[tuple[str, str], Any] = {}
-    again: dict[tuple[str, str], int] = {}
-    for kind, dtype in (("bfloat16", torch.bfloat16), ("int8", torch.int8), ("float8", torch.float8_e4m3fn)):
-        for name, scorer in scorers.items():
-            index = LiveIndex(rows, scorer, device=device, dtype=dtype)
-            found[name, kind] = index.search(user_BE, [Request()] * users, Plan(k=k), VERSION).row_BK
-            again[name, kind] = index.walked_again
-    entries = []
-    for name in scorers:
-        shares = {}
-        for kind in ("int8", "float8"):
-            pairs = zip(found[name, kind], found[name, "bfloat16"], strict=True)
-            shares[kind] = float(np.mean([len(np.intersect1d(*pair)) / k for pair in pairs]))
-        print(
-            f"{name}: of the best {k} of {items:,} items int8 finds {shares['int8']:.2%}, float8 {shares['float8']:.2%}"
-            f"; walked again {[again[name, kind] for kind in ('bfloat16', 'int8', 'float8')]} of {users}", flush=True,
-        )  # fmt: skip
-        entries.append(
-            {
-                "measure": "index.int8.recall@1000" if name == "dot" else "index.int8.mlp.recall@1000",
-                "value": round(shares["int8"], 5), "unit": "share", "target": 0.995,
-                "rival": "bfloat16 rows", "rival_value": 1,
-                "note": f"{items:,} items and {users} users around 4,096 directions; float8 {shares['float8']:.5f}",
-            }
-        )  # fmt: skip
-    return entries
-
-
 # Updates under load
 
 RATES = (0, 600, 6_000, 60_000)
@@ -881,8 +824,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         repeats = 3 if args.quick or not is_cuda else 50
         batches = (1, 8) if args.quick else (1, 8, 32) if is_cuda else (1,)  # 32 as written take 10 GB there
         keep(compare(args.device, items, batches, plan, repeats))
-    if "int8" in args.only and is_cuda and not args.quick:
-        keep(eight_bits(args.device))
     if "updates" in args.only:
         keep(updates(args.device, items, plan, 0.3 if args.quick else 3.0))
     if "torn" in args.only:

@@ -17,7 +17,7 @@ from typing import Any, Final
 from benchmarks.page import render
 
 FOLDER: Final = Path(__file__).parent / "results"
-PLACES: Final = ("--data", "--keep", "--out", "--plot", "--plots", "--registry", "--studies")
+PLACES: Final = ("--data", "--from", "--keep", "--out", "--plot", "--plots", "--registry", "--studies")
 """Options of benchmarks that say where files are: no figure depends on them."""
 REQUIRED: Final = ("measure", "value", "unit")
 OPTIONAL: Final = ("target", "rival", "rival_value", "command", "hardware", "versions", "date", "note")

@@ -12,6 +12,10 @@ embeddings, three scorers, all begun at the dot product and chosen on held-out e
 ml-1m: leave-one-out, films the user has rated taken off; counts of the last month, year and whole past, a day old at
 most. globo-news: clicks of 2017-10-15, states cut at that midnight, articles not yet published taken off; counts of
 the last hour, 3 hours, day and the past, as of the last 10 minutes (an index is brought up to date by upserts).
+
+Seeds run side by side. Each scorer gets its part of the time that is left, its rankings of held-out events counted; the
+test is ranked by an arm as soon as it is trained, printed and, with --out, kept. What is recorded is of the seeds that
+were done in time; of a run that was cut off, `--from FOLDER` records the seeds that all arms of are kept there.
 """
 
 import argparse
@@ -20,11 +24,11 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import torch
@@ -38,7 +42,7 @@ from model.config import TowerConfig
 from model.dataset import load_description
 from model.event_log import read_items, read_log, read_users
 from model.metrics import resampled_means
-from model.release import Registry, library_versions
+from model.release import Manifest, Registry, library_versions
 from model.retrieval.scorer import ScorerConfig
 from model.training.data import EventArrays, Ints
 from model.training.evaluate import (
@@ -58,6 +62,12 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 SHORT: Final = {"ml-1m": "ml1m", "globo-news": "globo"}
 ARMS: Final = ("dot", "late", "crossing", "scorer")
 KS: Final = (20, 100)
+LEAST_S: Final = 2.0
+"""Of an arm's steps, however little time is left."""
+RANKING_SHARE: Final = 0.3
+"""Of an arm's time, for ranking held-out events."""
+RELEASE_S: Final = 3.0
+"""For writing the release and reading it again."""
 
 
 class LateScorer(nn.Module):
@@ -91,20 +101,82 @@ def chosen(
     return config, settings, scorer_config, scorer_settings
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """An arm's part of a seed's time."""
+
+    steps_s: float
+    validations: int
+
+    @classmethod
+    def of(cls, allowed_s: float, ranking_s: float, most_s: float, most_validations: int = 10) -> Self:
+        """allowed_s: for all of it. ranking_s: of one ranking of the held-out events; there is one more, the first."""
+        validations = int(max(1, min(most_validations, RANKING_SHARE * allowed_s / max(ranking_s, 1e-9) - 1)))
+        return cls(max(LEAST_S, min(most_s, allowed_s - (validations + 1) * ranking_s)), validations)
+
+
+class Seed:
+    """One seed's data, towers and time; its arms are trained and ranked one after the other."""
+
+    def __init__(self, name: str, seed: int, args: argparse.Namespace) -> None:
+        torch.set_num_threads(args.threads)
+        self.name, self.seed, self.args = name, seed, args
+        self.started = time.monotonic()
+        self.said: dict[str, Any] = {"dataset": name, "seed": seed, "ranks": {}, "scorers": {}}
+
+    def tell(self, what: str) -> None:
+        """One line."""
+        print(f"{self.name} seed {self.seed}, {time.monotonic() - self.started:.0f} s: {what}", flush=True)
+
+    def budget(self, arms_left: int, rank: Callable[[], Any], ranking_test_s: float) -> Budget:
+        """Of the next arm. rank: ranks the held-out events once. ranking_test_s: that of the whole test, by guess."""
+        rank()  # makes what later ones find made
+        begun = time.monotonic()
+        rank()
+        ranking_s = time.monotonic() - begun
+        left_s = self.args.most_seconds - (time.monotonic() - self.started) - RELEASE_S
+        return Budget.of(left_s / arms_left - ranking_test_s, ranking_s, self.args.scorer_seconds)
+
+    def keep(self, arm: str, rank_B: Any, history: Any = None) -> None:
+        """An arm that is done: printed, and written where --out says."""
+        self.said["ranks"][arm] = rank_B
+        if history is not None:
+            self.said["scorers"][arm] = history
+        self.said["seconds"] = round(time.monotonic() - self.started, 1)
+        self.tell(f"{arm}: test Recall@20 {np.mean(rank_B <= 20):.4f}, Recall@100 {np.mean(rank_B <= 100):.4f}")
+        if self.args.out is not None:
+            write_seed(self.args.out, self.said)
+
+
+def write_seed(folder: Path, said: Mapping[str, Any]) -> None:
+    """What a seed has come to, in place of what it had: lists for arrays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"scorer-{said['dataset']}-seed{said['seed']}.json"
+    path.with_suffix(".new").write_text(json.dumps(said, default=lambda value: value.tolist()))
+    path.with_suffix(".new").replace(path)
+
+
+def read_seeds(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The seeds of a data set that `write_seed` has kept with all arms."""
+    found = []
+    for path in sorted(folder.glob(f"scorer-{name}-seed*.json")):
+        said = json.loads(path.read_text())
+        said["ranks"] = {arm: np.array(ranks) for arm, ranks in said["ranks"].items()}
+        said |= {key: np.array(said[key]) for key in ("user_B", "seen_item_B")}
+        if set(ARMS) <= said["ranks"].keys():
+            found.append(said)
+    return found
+
+
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One seed: train, rank the test by every arm. Ranks are i64 [B], requests the same for every seed."""
-    torch.set_num_threads(args.threads)
-    started = time.monotonic()
+    one = Seed(name, seed, args)
+    said, tell = one.said, one.tell
     config, settings, scorer_config, scorer_settings = chosen(name, args, seed)
     description, folder, device = load_description(name), args.data / name, torch.device(args.device)
     table, _ = read_log(str(folder / "events.parquet"), description)
     items = read_items(str(folder / "items.parquet"), description).sort_by("item_id").combine_chunks()
     users = read_users(str(folder / "users.parquet"), description) if description.user_columns else None
-    said: dict[str, Any] = {"dataset": name, "seed": seed}
-
-    def tell(what: str) -> None:
-        print(f"{name} seed {seed}, {time.monotonic() - started:.0f} s: {what}", flush=True)
-
     with tempfile.TemporaryDirectory() as root:
         registry = Registry(root)
         made = train(
@@ -114,49 +186,68 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         tell(f"tower, {len(made.summary['history'])} epochs, best {made.summary['best_epoch']}")
         tower, kept = tower_of_release(registry, made.manifest.release_id, items, description)
         release = registry.load(made.manifest.release_id, device=device)
-        data = ScorerData(release, table, kept, users, description, scorer_settings, settings)
-        tell(f"{len(data.target):,} targets embedded, {len(data.held_out):,} held out")
-        torch.manual_seed(seed)
-        scale = 1.0 / release.config.temperature
-        late = LateScorer(release.config.embedding_dim, scorer_config.scalars, scale).to(device)
-        history = {"late": fit(data, late, late.logits, scorer_config, replace(scorer_settings, learning_rate=0.02))}
-        without = replace(scorer_config, windows_h=())
-        crossing, scorer = (start(part, release).to(device) for part in (without, scorer_config))
-        history["crossing"] = fit_interaction(data, crossing, without, scorer_settings)
-        history["scorer"] = fit_interaction(data, scorer, scorer_config, scorer_settings)
-        said["scorers"] = history
-        for arm, rows in history.items():
-            best = max(rows, key=lambda row: row["validation_ndcg@100"])
-            tell(
-                f"{arm}: held-out Recall@100 {rows[0]['validation_recall@100']:.4f} to "
-                f"{best['validation_recall@100']:.4f} at step {best['step']:.0f} of {rows[-1]['step']:.0f}"
-            )
-        catalogue = kept.drop_columns([n for n in kept.column_names if n == "available_from_us"])
-        manifest = registry.write(
-            tower, catalogue, trained_until_us=made.manifest.trained_until_us, base=made.manifest.release_id,
-            scorer=(scorer_config, scorer.to("cpu")),
-        )  # fmt: skip
-        released = registry.load(manifest.release_id, device=device)
-        events = EventArrays.build(table, users, released.featuriser, description)
+        events = EventArrays.build(table, users, release.featuriser, description)
         test = make_test_set(table, events, description, limit=args.max_test_events, seed=0)
         excluded = excludes_seen("auto", repeat_share(events))
-        candidates = Candidates.of(released, events, kept, test.target_B, exclude_seen=excluded)
-        item_IE = released.items.table()
-        user_BE = embed_requests(released.encoder, released.head, item_IE, events, test.target_B, test.cut_B)
-        scalars = catalogue_scalars(events, scorer_config, released)
+        candidates = Candidates.of(release, events, kept, test.target_B, exclude_seen=excluded)
+        item_IE = release.items.table()
+        user_BE = embed_requests(release.encoder, release.head, item_IE, events, test.target_B, test.cut_B)
         item_NE = item_IE[: events.num_items]
-        said["ranks"] = {
-            "dot": candidates.ranks(user_BE, item_IE),
-            "late": rank_scored(late.logits, user_BE, item_NE, candidates, scalars),
-            "crossing": rank_scored(crossing, user_BE, item_NE, candidates, None),
-            "scorer": rank_scored(released.scorer, user_BE, item_NE, candidates, scalars),
-        }
-    tell("ranked: " + ", ".join(f"{arm} {np.mean(rank <= 100):.4f}" for arm, rank in said["ranks"].items()))
-    said |= {
-        "user_B": events.user_T[test.target_B], "seen_item_B": test.seen_item_B, "total": test.total,
-        "catalogue": events.num_items, "seconds": round(time.monotonic() - started, 1),
-    }  # fmt: skip
+        said |= {
+            "user_B": events.user_T[test.target_B], "seen_item_B": test.seen_item_B, "total": test.total,
+            "catalogue": events.num_items,
+        }  # fmt: skip
+        one.keep("dot", candidates.ranks(user_BE, item_IE))
+        data = ScorerData(release, table, kept, users, description, scorer_settings, settings)
+        tell(f"{len(data.target):,} targets embedded, {len(data.held_out):,} held out")
+        scalars = catalogue_scalars(events, scorer_config, release)
+        torch.manual_seed(seed)
+        late = LateScorer(
+            release.config.embedding_dim, scorer_config.scalars, 1.0 / release.config.temperature
+        ).to(device)  # fmt: skip
+        without = replace(scorer_config, windows_h=())
+        crossing, scorer = (start(part, release).to(device) for part in (without, scorer_config))
+        arms: list[tuple[str, Any, ScorerConfig]] = [
+            ("scorer", scorer, scorer_config), ("late", late, scorer_config), ("crossing", crossing, without)
+        ]  # fmt: skip
+        ranked_s = 0.0
+        for place, (arm, module, read) in enumerate(arms):
+            budget = one.budget(
+                len(arms) - place, lambda m=module, r=read: rank_scored(m.logits, *data.validation(), data.scalars(r)),
+                ranked_s,
+            )  # fmt: skip
+            its = replace(scorer_settings, max_minutes=budget.steps_s / 60, validations=budget.validations)
+            if arm == "late":
+                history = fit(data, module, module.logits, read, replace(its, learning_rate=0.02))
+            else:
+                history = fit_interaction(data, module, read, its)
+            best = max(history, key=lambda row: row["validation_ndcg@100"])
+            tell(
+                f"{arm}: held-out Recall@100 {history[0]['validation_recall@100']:.4f} to "
+                f"{best['validation_recall@100']:.4f} at step {best['step']:.0f} of {history[-1]['step']:.0f}, "
+                f"{history[-1]['seconds']:.0f} s of steps, {history[-1]['ranking_seconds']:.0f} s of rankings"
+            )
+            begun = time.monotonic()
+            ranking: Any = module.logits if arm == "late" else module
+            if arm == "scorer":
+                ranking = released_scorer(registry, tower, kept, made.manifest, scorer_config, module, device)
+            rank_B = rank_scored(ranking, user_BE, item_NE, candidates, scalars if read.scalars else None)
+            ranked_s = time.monotonic() - begun
+            one.keep(arm, rank_B, history)
     return said
+
+
+def released_scorer(
+    registry: Registry, tower: Any, items: Any, of: Manifest, config: ScorerConfig, scorer: nn.Module,
+    device: torch.device,
+) -> nn.Module:  # fmt: skip
+    """The scorer as a release gives it: written with the tower, and loaded again."""
+    catalogue = items.drop_columns([name for name in items.column_names if name == "available_from_us"])
+    manifest = registry.write(
+        tower, catalogue, trained_until_us=of.trained_until_us, base=of.release_id, scorer=(config, scorer.to("cpu")),
+    )  # fmt: skip
+    loaded: nn.Module = registry.load(manifest.release_id, device=device).scorer
+    return loaded
 
 
 def summary(found: Sequence[Mapping[str, Any]], resamples: int = 500) -> dict[str, Any]:
@@ -245,6 +336,22 @@ def entries(name: str, found: Sequence[Mapping[str, Any]], made: Mapping[str, An
     ]
 
 
+def report(name: str, found: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
+    """Print, keep and record the seeds that are done."""
+    if not found:
+        print(f"{name}: no seed has all arms", flush=True)
+        return
+    made = summary(found)
+    print(f"{len(found)} of {len(args.seeds)} seeds\n{show(name, made)}", flush=True)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        kept = [{key: one[key] for key in ("seed", "tower", "scorers", "seconds")} for one in found]
+        told = {"dataset": name, "slices": made, "runs": kept, "hardware": hardware()}
+        (args.out / f"scorer-{name}.json").write_text(json.dumps(told, indent=1))
+    if not args.no_record:
+        record("index", entries(name, found, made))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, rank, record."""
     parser = argparse.ArgumentParser(
@@ -264,24 +371,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-test-events", type=int, default=30_000, help="sample a larger test down to so many")
     parser.add_argument("--out", type=Path, help="folder for the figures as JSON")
     parser.add_argument("--log", type=Path, default=ROOT / "docs/experiments.md", help="where looks at ml-1m are told")
+    parser.add_argument("--most-seconds", type=float, default=240.0, help="of a seed; scorers share what is left")
+    parser.add_argument("--from", dest="read", type=Path, help="train nothing; record the seeds that --out kept there")
     parser.add_argument("--no-record", action="store_true")
     args = parser.parse_args(argv)
     for name in [args.only] if args.only else list(SHORT):
+        if args.read is not None:
+            report(name, read_seeds(args.read, name), args)
+            continue
+        began = time.monotonic()
+        found: list[dict[str, Any]] = []
         with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = list(pool.map(run, [name] * len(args.seeds), args.seeds, [args] * len(args.seeds)))
-        made = summary(found)
-        print(show(name, made), flush=True)
-        if args.out is not None:
-            args.out.mkdir(parents=True, exist_ok=True)
-            kept = [{key: one[key] for key in ("seed", "tower", "scorers", "seconds")} for one in found]
-            report = {"dataset": name, "slices": made, "runs": kept, "hardware": hardware()}
-            (args.out / f"scorer-{name}.json").write_text(json.dumps(report, indent=1))
-        if not args.no_record:
-            if name == "ml-1m":
-                cell = made["all"]["recall@100"]
-                told = ", ".join(f"{arm} {cell[arm]['value']:.4f}" for arm in ARMS)
-                log_look(args.log, f"benchmarks.scorer, seeds {args.seeds}: Recall@100 {told}")
-            record("index", entries(name, found, made))
+            failed: BaseException | None = None
+            for done in as_completed([pool.submit(run, name, seed, args) for seed in args.seeds]):
+                if done.exception() is not None:  # the others are kept first
+                    failed = failed or done.exception()
+                    continue
+                one = done.result()
+                if name == "ml-1m" and not args.no_record:
+                    told = ", ".join(f"{arm} {np.mean(one['ranks'][arm] <= 100):.4f}" for arm in ARMS)
+                    log_look(args.log, f"benchmarks.scorer, seed {one['seed']}: Recall@100 {told}")
+                found = sorted([*found, one], key=lambda one: args.seeds.index(one["seed"]))
+                report(name, found, args)  # a run that is cut off leaves the seeds that were done
+            if failed is not None:
+                raise failed
+        print(f"{name}: {time.monotonic() - began:.0f} s in all", flush=True)
     return 0
 
 

@@ -8,12 +8,14 @@ is a centre plus 0.9 of noise, a user an item drawn evenly plus 0.5. Noise is no
 1; every vector is brought to length 1. So the best 1,000 of a user come from one centre and from others of its topic.
 
 - brute force: one product in bfloat16 and topk, over all rows at once or in pieces; the same over int8 codes
+- FAISS on the GPU, where it is installed: `faiss_rivals`; torchretrieve, which the PyPI that we reach does not have, is
+  stood for by the product and topk
 - all codes: the first level reads every code; survivors by exact dot product in float32
 - P probes: it reads the codes of the user's nearest P of 16,384 k-means clusters
 
-All as CUDA graphs; each repeat has users of its own, whose copy into the graph's buffer is in the time. Recall@K is the
-share of the K best by float32 dot products over all rows (of the same bfloat16 values) that the answer holds, over 256
-users. First an answer that calls itself certain is held to that search.
+All but FAISS as CUDA graphs; each repeat has users of its own, whose copy into the graph's buffer is in the time.
+Recall@K is the share of the K best by float32 dot products over all rows (of the same bfloat16 values) that the answer
+holds, over 256 users. First an answer that calls itself certain is held to that search.
 
 Then what else there is, at its price: a head of a quarter of the rows with the tail in host memory; an interaction MLP
 on the survivors; filters and a cap in the graph. Only a whole run on CUDA is recorded.
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import faiss_rivals
 from benchmarks.index import captured, median_ms
 from benchmarks.results import record, versions
 from model.retrieval.index import Columns
@@ -42,6 +45,8 @@ CENTRE_NOISE, ITEM_NOISE, USER_NOISE = 0.6, 0.9, 0.5
 CATEGORIES, ADVERTISERS, SEEN = 64, 5000, 512
 LAYOUT = Layout(embedding_dim=E, attributes=1, words=(1, 0, 0))
 MOST_BATCH = 64
+LEAST_RECALL = 0.99
+"""Of a FAISS setting that counts as a rival."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +244,10 @@ def check(index: TwoLevelIndex, user_UE: torch.Tensor, best: tuple[torch.Tensor,
     assert share >= 0.999, share
 
 
-def timed(call: Callable[[torch.Tensor], Any], user_UE: torch.Tensor, batch: int, device: str, repeats: int) -> float:
+def timed(
+    call: Callable[[torch.Tensor], Any], user_UE: torch.Tensor, batch: int, device: str, repeats: int,
+    is_captured: bool = True,
+) -> float:  # fmt: skip
     """Median milliseconds of a batch, a CUDA graph where there is CUDA; every repeat has the next users."""
     batches: Iterator[torch.Tensor] = itertools.cycle(
         [users for users in user_UE.repeat(-(-batch // len(user_UE)), 1).split(batch) if len(users) == batch]
@@ -250,7 +258,7 @@ def timed(call: Callable[[torch.Tensor], Any], user_UE: torch.Tensor, batch: int
         def own() -> Any:
             return call(held_BE)
 
-        replay = captured(own) if device.startswith("cuda") else own
+        replay = captured(own) if device.startswith("cuda") and is_captured else own
 
         def step() -> None:
             held_BE.copy_(next(batches))
@@ -304,6 +312,9 @@ def measure(size: Size, device: str) -> list[dict[str, Any]]:
     for batch in (1, 32):
         rivals[batch] = brute_force(index, item_NE, timer, batch, size, is_cuda)
         show(size, batch, rivals[batch])
+    if is_cuda:
+        for batch, found in by_faiss(index, item_NE, user_UE, best[1], size, device).items():
+            rivals[batch] |= found
     show_parts(index, user_UE, wanted, device, size)
     extras = {batch: others(index, item_NE, timer, batch, wanted, size, device) for batch in (1, 32)}
     for batch, found in extras.items():
@@ -343,6 +354,28 @@ def brute_force(
             found[name] = timer(call, batch)
         except RuntimeError as error:
             print(f"{name}, B={batch}: not here: {str(error)[:300]}", flush=True)
+    return found
+
+
+def by_faiss(
+    index: TwoLevelIndex, item_NE: torch.Tensor, user_UE: torch.Tensor, best_UK: torch.Tensor, size: Size, device: str
+) -> dict[int, dict[str, float]]:
+    """Milliseconds of FAISS's ways by batch, their recall in their names; of lists, those that reach LEAST_RECALL."""
+    found: dict[int, dict[str, float]] = {1: {}, 32: {}}
+    faiss = faiss_rivals.imported()
+    if faiss is None:
+        return found
+    try:
+        for rival in faiss_rivals.rivals(faiss, item_NE, index.centroid_GE, size.probes, size.k):
+            share = recall(torch.cat([rival.search(users) for users in user_UE.split(MOST_BATCH)]), best_UK)
+            name = f"{rival.name}, recall {share:.4f}"
+            for batch, ms in found.items():
+                value = timed(rival.search, user_UE, batch, device, size.repeats, is_captured=False)
+                show(size, batch, {name: value})
+                if share >= LEAST_RECALL:
+                    ms[name] = value
+    except RuntimeError as error:
+        print(f"FAISS: ended: {str(error)[:300]}", flush=True)
     return found
 
 
@@ -424,6 +457,7 @@ def entries(
     for batch in (1, 32):
         rival = min(rivals[batch], key=lambda one: rivals[batch][one])
         beside = {one: value for one, value in {**ms[batch], **extras[batch]}.items() if one != name}
+        beside |= {one: value for one, value in rivals[batch].items() if one != rival}
         note = "; ".join(f"{one} {value:.4g} ms" for one, value in beside.items())
         found.append({
             "measure": f"index.{size.name}.B{batch}.ms", "value": round(ms[batch][name], 4), "unit": "ms",

@@ -27,6 +27,7 @@ from torch import nn
 
 from model.errors import IndexBusy, ShapeError
 from model.kernels.interaction_score import ItemFeatures
+from model.retrieval.rounding import LARGEST_CODE, coded, feedback, sensitivity
 from model.retrieval.rows import NONE, Deltas, ItemId, ItemRows, Layout, check_ids, check_version
 from model.retrieval.rules import Plan, Request, Requests
 from model.retrieval.select import Found, select, select_exactly
@@ -38,11 +39,6 @@ if TYPE_CHECKING:
 GROWTH = 1.5
 WAIT_S = 5.0
 """Longest an update waits for requests that still read the table it is to be written into."""
-
-
-LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""Dtypes of embeddings that are kept with a scale a row, and what a row's largest value becomes."""
-LEAST_SCALE = 1e-30
 _CODED, _CODED_FROM = ("code", "scalar", "scale"), "feature"
 MOST_STAGED_BYTES = 2**25
 """Of an update that goes to the device as one block of page-locked memory, which PyTorch keeps; a larger one goes
@@ -80,6 +76,8 @@ class ItemTable(nn.Module):
             raise ShapeError(f"rows must be float32, bfloat16, float64, int8 or float8_e4m3fn, got {dtype}")
         self.layout = layout
         self.dtype = dtype
+        self.feedback_EE: torch.Tensor | None = None
+        """How int8 and float8 rows are rounded, see `rounding.coded`."""
         self.count = 0
         """High-water mark: rows ever used, deleted ones included."""
 
@@ -150,12 +148,8 @@ class ItemTable(nn.Module):
 
     def _coded(self, feature_RF: torch.Tensor) -> dict[str, torch.Tensor]:
         width = self.layout.embedding_dim
-        embedding_RE, scalar_RS = feature_RF[:, :width], feature_RF[:, width:]
-        largest = LARGEST_CODE[self.dtype]
-        scale_R = (embedding_RE.abs().amax(1) / largest).clamp_min(LEAST_SCALE)
-        code_RE = (embedding_RE / scale_R[:, None]).clamp(-largest, largest)
-        code_RE = code_RE.round() if self.dtype == torch.int8 else code_RE
-        return {"code": code_RE.to(self.dtype).view(torch.int8), "scalar": scalar_RS, "scale": scale_R}
+        code_RE, scale_R = coded(feature_RF[:, :width], self.dtype, self.feedback_EE)
+        return {"code": code_RE.view(torch.int8), "scalar": feature_RF[:, width:], "scale": scale_R}
 
     def copy_rows(self, source: "ItemTable", row_R: torch.Tensor, columns: Set[str]) -> None:
         """Take over rows of some columns, named as for `write`, from a table of the same layout and dtype.
@@ -171,6 +165,7 @@ class ItemTable(nn.Module):
     def grown(self, capacity: int) -> "ItemTable":
         """A table of more room with the same rows."""
         table = ItemTable(self.layout, capacity, dtype=self.dtype, device=self.device)
+        table.feedback_EE = self.feedback_EE
         for name, buffer in self.named_buffers():
             table.get_buffer(name)[: self.capacity].copy_(buffer)
         table.count = self.count
@@ -348,13 +343,15 @@ class LiveIndex:
 
     def __init__(
         self, rows: ItemRows, scorer: nn.Module, *, capacity: int | None = None, dtype: torch.dtype = torch.float32,
-        device: Any = "cpu", fused: bool | None = None,
+        device: Any = "cpu", fused: bool | None = None, users: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         """rows: the first items, in the order of their rows. capacity: rows there is room for; it grows by itself.
 
         dtype: of embeddings and scalars; see `ItemTable`. fused: whether batches are answered by the kernels of
-        `fused.py`; by default on a GPU.
-        Raises IndexMismatch for a scorer that was loaded with a release of another embedding_version.
+        `fused.py`; by default on a GPU. users: float [U, E], a sample of the release's user embeddings, some hundreds;
+        int8 and float8 rows are then rounded so that the scorer's scores of such users are off least (`rounding`).
+        Raises ShapeError for users of another width, IndexMismatch for a scorer that was loaded with a release of
+        another embedding_version.
         """
         self.embedding_version = rows.embedding_version
         if (version := getattr(scorer, "embedding_version", None)) is not None:
@@ -363,6 +360,12 @@ class LiveIndex:
         self.retrieval = Retrieval(rows.layout, scorer).to(device).eval()
         room = max(len(rows), capacity or 0, 1)
         tables = [ItemTable(rows.layout, room, dtype=dtype, device=device) for _ in range(2)]
+        if users is not None and dtype in LARGEST_CODE:
+            if users.ndim != 2 or users.shape[1] != rows.layout.embedding_dim or not len(users):
+                raise ShapeError(f"users must have shape [U, {rows.layout.embedding_dim}], got {list(users.shape)}")
+            made_EE = feedback(sensitivity(self.retrieval.scorer, users.to(device), rows.feature_RF.to(device)))
+            for table in tables:
+                table.feedback_EE = made_EE
         self._reading, self._idle = _Side(tables[0]), _Side(tables[1])
         self._moved = threading.Condition()
         self._writing = threading.Lock()

@@ -93,8 +93,12 @@ def item_rows(release: Release, scalar_NS: torch.Tensor | None = None) -> ItemRo
 
 
 def live_index(
-    release: Release, scalar_NS: torch.Tensor | None = None, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
-) -> LiveIndex:
-    """An index of a release's catalogue, scored by its scorer, or by the dot product where it has none."""
+    release: Release, scalar_NS: torch.Tensor | None = None, *, dtype: torch.dtype = torch.float32, device: Any = "cpu",
+    users: torch.Tensor | None = None,
+) -> LiveIndex:  # fmt: skip
+    """An index of a release's catalogue, scored by its scorer, or by the dot product where it has none.
+
+    dtype, users: as in LiveIndex.
+    """
     scorer = DotScorer() if release.manifest.scorer is None else release.scorer
-    return LiveIndex(item_rows(release, scalar_NS), scorer, dtype=dtype, device=device)
+    return LiveIndex(item_rows(release, scalar_NS), scorer, dtype=dtype, device=device, users=users)

@@ -13,7 +13,6 @@ from benchmarks.index import (
     check,
     check_kernels,
     compare,
-    eight_bits,
     group_rows,
     make_requests,
     make_rows,
@@ -108,12 +107,6 @@ def test_the_kernels_are_checked_and_the_check_notices_other_rows(monkeypatch: p
     monkeypatch.setattr(reference, "is_full", lambda group, taken, cap: False)
     with pytest.raises(AssertionError, match="request 0"):
         check_kernels("cpu", 150, plan)
-
-
-def test_eight_bits_find_nearly_the_same_items() -> None:
-    entries = eight_bits("cpu", 3000, users=3, k=50)
-    assert [entry["measure"] for entry in entries] == ["index.int8.recall@1000", "index.int8.mlp.recall@1000"]
-    assert all(0.9 < entry["value"] <= 1 for entry in entries)
 
 
 def test_rows_whose_fields_differ_are_torn() -> None:

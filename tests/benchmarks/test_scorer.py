@@ -1,12 +1,13 @@
 """The scorer's benchmark: its summary by hand, its rival without crossing, its records."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.scorer import LateScorer, entries, show, summary
+from benchmarks.scorer import Budget, LateScorer, entries, read_seeds, show, summary, write_seed
 
 
 def one_seed(seed: int, **ranks: list[int]) -> dict[str, Any]:
@@ -54,3 +55,22 @@ def test_the_rival_without_crossing_by_hand() -> None:
     user_BE, feature_NF = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 10.0]])
     assert module.logits(user_BE, feature_NF).tolist() == [[[27.0]]]
     assert module.logits(user_BE, feature_NF[None]).tolist() == [[[27.0]]]
+
+
+def test_an_arm_s_time_by_hand() -> None:
+    """60 s at 1 s a ranking: .3 * 60 - 1 = 17, so 10 validations, 11 rankings, 49 s of steps, of which 20 are asked."""
+    assert Budget.of(60.0, 1.0, 20.0) == Budget(20.0, 10)
+    assert Budget.of(30.0, 1.0, 60.0) == Budget(21.0, 8)
+    assert Budget.of(30.0, 4.0, 60.0) == Budget(22.0, 1)
+    assert Budget.of(-5.0, 4.0, 60.0) == Budget(2.0, 1), "late already: the least there is"
+
+
+def test_seeds_with_all_arms_are_read_again(tmp_path: Path) -> None:
+    write_seed(tmp_path, FOUND[0] | {"dataset": "ml-1m"})
+    half = FOUND[1] | {"dataset": "ml-1m", "ranks": {"dot": FOUND[1]["ranks"]["dot"]}}
+    write_seed(tmp_path, half)
+    (found,) = read_seeds(tmp_path, "ml-1m")
+    assert summary([found]) == summary(FOUND[:1])
+    write_seed(tmp_path, FOUND[1] | {"dataset": "ml-1m"})
+    assert summary(read_seeds(tmp_path, "ml-1m")) == summary(FOUND)
+    assert not read_seeds(tmp_path, "globo-news")

@@ -74,7 +74,8 @@ def repeated(
                 for history, mine in ((history_key, key), (history_value, value))
             )
             score = torch.einsum("qhd,khd->hqk", query[own], keys) * query.shape[-1] ** -0.5
-            hidden = torch.arange(len(keys)) > torch.arange(last - first, last - first + tokens)[:, None]
+            place = torch.arange(len(keys), device=keys.device)
+            hidden = place > (last - first + torch.arange(tokens, device=keys.device))[:, None]
             score = score.masked_fill(hidden, float("-inf"))
             outs.append(torch.einsum("hqk,khd->qhd", score.softmax(-1), values))
             lses.append(score.logsumexp(-1).T)
