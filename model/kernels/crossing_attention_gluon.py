@@ -57,28 +57,29 @@ class HopperTiles:
     """Whether each chunk has a program of its own; None: where there would be too few programs otherwise."""
     in_turns: bool = False
     """Whether two warpgroups of a program begin their products in turn."""
-    is_ahead: bool = False
-    """Whether the scores of a block are begun before the exponentials of the one before; takes more registers."""
 
 
-def choose_hopper_tiles(head_dim: int, is_one_wave: bool = False) -> HopperTiles:
-    """Tiles for heads of 64 or 128 channels; the same bits for one wave as for others."""
+def choose_hopper_tiles(head_dim: int, fills_waves: bool = False) -> HopperTiles:
+    """Tiles for heads of 64 or 128 channels; the same bits whether or not `fills_waves` holds."""
     if head_dim == 128:
         return HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=2)
-    if is_one_wave:
+    if fills_waves:
         return HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=3, in_turns=True)
     return HopperTiles(keys=128, chunk=2048, warpgroups=1, stages=2, programs_per_sm=2)
 
 
-def is_one_wave(query: torch.Tensor, requests: int) -> bool:
-    """Whether programs of 128 tokens would be no more than multiprocessors, and at least three quarters of them.
+def fills_waves(query: torch.Tensor, requests: int, longest_history: int | None) -> bool:
+    """Whether histories are known to be long, and programs of 128 tokens fill one to four waves of multiprocessors.
 
-    Then each program should have more keys on their way: 16 requests of 128 candidates, 8 heads of 64 channels and
-    8,192 events take 92 us so and 95 in twice as many programs; in any other measured case it is no faster.
+    Filled is nine tenths, if the requests are of one size: nothing is read from the device. Such programs are then 1 to
+    4 % faster than two of 64 tokens a multiprocessor, and slower in every other measured case (docs/decisions/0013).
     """
-    programs: int = max(triton.cdiv(len(query), 128), requests) * query.shape[1]
+    if longest_history is None or longest_history < 4096 or not len(query):
+        return False
+    num_tokens, heads, _ = query.shape
     multiprocessors: int = torch.cuda.get_device_properties(query.device).multi_processor_count
-    return 3 * multiprocessors <= 4 * programs <= 4 * multiprocessors
+    waves: int = triton.cdiv(requests * triton.cdiv(num_tokens, 128 * requests) * heads, multiprocessors)
+    return waves <= 4 and 10 * num_tokens * heads >= 9 * 128 * waves * multiprocessors
 
 
 def is_hopper(query: torch.Tensor) -> bool:
@@ -137,7 +138,7 @@ def hopper_forward(
         candidate_offsets, history_offsets, order, out, lse, part_GTHd, part_max_GTH, part_sum_GTH, num_tokens,
         **shared, KEYS=tiles.keys, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups, MOST_RANKED=_MOST_RANKED,
         REGISTERS=worker_registers, IS_RANKED=requests <= _MOST_RANKED, IS_SPLIT=is_split,
-        IN_TURNS=tiles.in_turns and tiles.warpgroups == 2, IS_AHEAD=tiles.is_ahead, num_warps=4, maxnreg=launch,
+        IN_TURNS=tiles.in_turns and tiles.warpgroups == 2, num_warps=4, maxnreg=launch,
     )  # fmt: skip
     if is_split:
         _fold_kernel[(triton.cdiv(num_tokens, 16) * heads,)](
@@ -408,60 +409,6 @@ def _give_turn(any_number, w: gl.constexpr):
 
 
 @gluon.jit
-def _next_shares(
-    score, largest, total, read, scale_log2, come, phase, KEYS: gl.constexpr, IN_FLIGHT: gl.constexpr
-):  # fmt: skip
-    """Softmax as it goes (Milakov and Gimelshein 2018), one block on; waits for `read`, begun before IN_FLIGHT others.
-
-    come, phase: a barrier that has been passed. ptxas moves no work past its branch: the maximum stays before the wait.
-    """
-    EACH: gl.constexpr = largest.type.layout
-    THREAD: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    row_max = gl.convert_layout(_max_of_row(score, KEYS), EACH)
-    new_largest = gl.maximum(largest, row_max * scale_log2)
-    shrink = gl.exp2(largest - new_largest)
-    mbarrier.wait(come, phase)
-    read = warpgroup_mma_wait(IN_FLIGHT, deps=[read])
-    ROW: gl.constexpr = gl.SliceLayout(1, read.type.layout)
-    share = gl.exp2(gl.fma(score, scale_log2, -new_largest[:, None]))
-    total = gl.fma(total, gl.convert_layout(shrink, THREAD)[:, None], _sum_of_thread(share, KEYS))
-    read = read * gl.convert_layout(shrink, ROW)[:, None]
-    return share, new_largest, total, read
-
-
-@gluon.jit
-def _step_ahead(
-    query_tile, key_tiles, value_tiles, barriers, turn, operand, score, largest, total, read, scale_log2,
-    KEYS: gl.constexpr,
-):  # fmt: skip
-    """Block turn is read, block turn + 1 becomes shares, and block turn + 2 becomes scores, all at once."""
-    _, key_full, key_free, value_full, value_free, _ = barriers
-    STAGES: gl.constexpr = key_tiles.type.shape[0]
-    SCORES: gl.constexpr = score.type.layout
-    SHARES: gl.constexpr = operand.type.layout
-    stage = turn % STAGES
-    phase = (turn // STAGES) & 1
-    later_stage = (turn + 2) % STAGES
-    later_phase = ((turn + 2) // STAGES) & 1
-    mbarrier.wait(value_full.index(stage), phase)
-    mbarrier.wait(key_full.index(later_stage), later_phase)
-    read = warpgroup_mma(operand, value_tiles.index(stage), read, is_async=True)
-    nothing = gl.zeros([_ROWS, KEYS], gl.float32, SCORES)
-    ahead = warpgroup_mma(
-        query_tile, key_tiles.index(later_stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-    )
-    share, largest, total, read = _next_shares(
-        score, largest, total, read, scale_log2, value_full.index(stage), phase, KEYS, 1
-    )
-    mbarrier.arrive(value_free.index(stage), count=1)
-    operand = gl.convert_layout(share.to(value_tiles.dtype), SHARES)
-    mbarrier.wait(key_full.index(later_stage), later_phase)
-    ahead = warpgroup_mma_wait(0, deps=[ahead])
-    mbarrier.arrive(key_free.index(later_stage), count=1)
-    return operand, ahead, largest, total, read
-
-
-@gluon.jit
 def _read_chunk(
     query_tile, key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
     w: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, IN_TURNS: gl.constexpr,
@@ -548,96 +495,9 @@ def _read_chunk(
 
 
 @gluon.jit
-def _read_chunk_ahead(
-    query_tile, key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
-    w: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
-    """As _read_chunk, with the same bits: the scores of a block are on their way during the exponentials before it.
-
-    Needs registers for two blocks of scores.
-    """
-    _, key_full, key_free, value_full, value_free, value_cleared = barriers
-    STAGES: gl.constexpr = key_tiles.type.shape[0]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    READ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    SHARES: gl.constexpr = gl.DotOperandLayout(0, READ, 2)
-    ROW: gl.constexpr = gl.SliceLayout(1, READ)
-    dtype: gl.constexpr = key_tiles.dtype
-    nothing = gl.zeros([_ROWS, KEYS], gl.float32, SCORES)
-    read = gl.zeros([_ROWS, D], gl.float32, READ)
-
-    stage = turn % STAGES
-    phase = (turn // STAGES) & 1
-    mbarrier.wait(key_full.index(stage), phase)
-    score = warpgroup_mma(query_tile, key_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    score = warpgroup_mma_wait(0, deps=[score])
-    mbarrier.arrive(key_free.index(stage), count=1)
-    if limit < KEYS:
-        # One warpgroup clears what the others then read.
-        if w == 0:
-            mbarrier.wait(value_full.index(stage), phase)
-            _clear_past(value_tiles.index(stage), limit, KEYS, D)
-            _barrier()
-            mbarrier.arrive(value_cleared, count=1)
-        else:
-            mbarrier.wait(value_cleared, 0)
-    event_N = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
-    score = gl.where(event_N[None, :] < limit, score, float("-inf"))
-    largest = gl.convert_layout(_max_of_row(score, KEYS), gl.SliceLayout(1, SCORES)) * scale_log2
-    if blocks > 1:
-        next_stage = (turn + 1) % STAGES
-        mbarrier.wait(key_full.index(next_stage), ((turn + 1) // STAGES) & 1)
-        ahead = warpgroup_mma(
-            query_tile, key_tiles.index(next_stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-        )
-        share = gl.exp2(gl.fma(score, scale_log2, -largest[:, None]))
-        total = _sum_of_thread(share, KEYS)
-        operand = gl.convert_layout(share.to(dtype), SHARES)
-        mbarrier.wait(key_full.index(next_stage), ((turn + 1) // STAGES) & 1)
-        score = warpgroup_mma_wait(0, deps=[ahead])
-        mbarrier.arrive(key_free.index(next_stage), count=1)
-        for _pair in range((blocks - 2) // 2):
-            operand, other, largest, total, read = _step_ahead(
-                query_tile, key_tiles, value_tiles, barriers, turn, operand, score, largest, total, read, scale_log2,
-                KEYS,
-            )  # fmt: skip
-            operand, score, largest, total, read = _step_ahead(
-                query_tile, key_tiles, value_tiles, barriers, turn + 1, operand, other, largest, total, read,
-                scale_log2, KEYS,
-            )  # fmt: skip
-            turn += 2
-        if blocks % 2 == 1:
-            operand, score, largest, total, read = _step_ahead(
-                query_tile, key_tiles, value_tiles, barriers, turn, operand, score, largest, total, read, scale_log2,
-                KEYS,
-            )  # fmt: skip
-            turn += 1
-        stage = turn % STAGES
-        phase = (turn // STAGES) & 1
-        mbarrier.wait(value_full.index(stage), phase)
-        partly = warpgroup_mma(operand, value_tiles.index(stage), read, is_async=True)
-        share, largest, total, read = _next_shares(
-            score, largest, total, partly, scale_log2, value_full.index(stage), phase, KEYS, 0
-        )
-        mbarrier.arrive(value_free.index(stage), count=1)
-        operand = gl.convert_layout(share.to(dtype), SHARES)
-        turn += 1
-    else:
-        share = gl.exp2(gl.fma(score, scale_log2, -largest[:, None]))
-        total = _sum_of_thread(share, KEYS)
-        operand = gl.convert_layout(share.to(dtype), SHARES)
-    stage = turn % STAGES
-    mbarrier.wait(value_full.index(stage), (turn // STAGES) & 1)
-    read = warpgroup_mma(operand, value_tiles.index(stage), read, is_async=True)
-    read = warpgroup_mma_wait(0, deps=[read])
-    mbarrier.arrive(value_free.index(stage), count=1)
-    return gl.convert_layout(largest, ROW), gl.convert_layout(gl.sum(total, 1), ROW), read, turn + 1
-
-
-@gluon.jit
 def _attend(
     shared, w: gl.constexpr, TOKENS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr,
-    IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr, IS_AHEAD: gl.constexpr, WARPGROUPS: gl.constexpr,
+    IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: its 64 rows over the chunks."""
     work, pointers, sizes, buffers, barriers, scale_log2 = shared
@@ -657,15 +517,10 @@ def _attend(
             chunk_end = gl.minimum(first_chunk * CHUNK + CHUNK, length) - first_chunk * CHUNK
             blocks = (chunk_end + KEYS - 1) // KEYS
             limit = chunk_end - (blocks - 1) * KEYS
-            if IS_AHEAD:
-                largest, total, read, turn = _read_chunk_ahead(
-                    query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2, w, KEYS, D
-                )
-            else:
-                largest, total, read, turn = _read_chunk(
-                    query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2, w, KEYS, D,
-                    IN_TURNS,
-                )  # fmt: skip
+            largest, total, read, turn = _read_chunk(
+                query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
+                w, KEYS, D, IN_TURNS,
+            )  # fmt: skip
             at_M = (row_M + first_chunk * num_tokens) * heads + head
             channel_d = gl.arange(0, D, gl.SliceLayout(0, READ))
             gl.store(part_max + at_M, largest, is_row_M)
@@ -692,16 +547,10 @@ def _attend(
                 chunk_end = gl.minimum(chunk * CHUNK + CHUNK, length) - chunk * CHUNK
                 blocks = (chunk_end + KEYS - 1) // KEYS
                 limit = chunk_end - (blocks - 1) * KEYS
-                if IS_AHEAD:
-                    chunk_largest, chunk_total, chunk_read, turn = _read_chunk_ahead(
-                        query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
-                        w, KEYS, D,
-                    )  # fmt: skip
-                else:
-                    chunk_largest, chunk_total, chunk_read, turn = _read_chunk(
-                        query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
-                        w, KEYS, D, IN_TURNS,
-                    )  # fmt: skip
+                chunk_largest, chunk_total, chunk_read, turn = _read_chunk(
+                    query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
+                    w, KEYS, D, IN_TURNS,
+                )  # fmt: skip
                 read = totals.index(w).load(READ)
                 largest, total, read = _fold(largest, total, read, chunk_largest, chunk_total, chunk_read)
                 totals.index(w).store(read)
@@ -737,7 +586,7 @@ def _forward_kernel(
     num_tokens, heads, group, requests, scale_log2,
     TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, MOST_RANKED: gl.constexpr, REGISTERS: gl.constexpr, IS_RANKED: gl.constexpr,
-    IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr, IS_AHEAD: gl.constexpr,
+    IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """Tokens of one tile and head over the whole history; where it is split, over one chunk, left in `part`."""
     slot = gl.program_id(0) // heads
@@ -798,7 +647,7 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_fetch, (fetch, D, KEYS, CHUNK, WARPGROUPS, TOKENS == 1 and not IS_SPLIT)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, IS_AHEAD, WARPGROUPS)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, WARPGROUPS)),
             ],
             [4],
             [REGISTERS],
@@ -807,8 +656,8 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_fetch, (fetch, D, KEYS, CHUNK, WARPGROUPS, TOKENS == 1 and not IS_SPLIT)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, IS_AHEAD, WARPGROUPS)),
-                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, IS_AHEAD, WARPGROUPS)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, WARPGROUPS)),
+                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, WARPGROUPS)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],

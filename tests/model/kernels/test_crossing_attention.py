@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from model.kernels.crossing_attention_gluon import (
     HopperTiles,
     _order_kernel,
     choose_hopper_tiles,
+    fills_waves,
     is_hopper,
-    is_one_wave,
 )
 from model.kernels.crossing_attention_triton import BackwardTiles, Tiles, choose_tiles, crossing_attention_kernel
 
@@ -258,10 +259,7 @@ def test_the_longest_histories_come_first(requests: int) -> None:
 
 
 ON_HOPPER = DEVICE == "cuda" and is_hopper(torch.empty(0, 1, 64, dtype=torch.bfloat16, device=DEVICE))
-HOPPER_TILES_64 = [
-    *(choose_hopper_tiles(64, one_wave) for one_wave in (False, True)),
-    *(replace(choose_hopper_tiles(64, one_wave), is_ahead=True) for one_wave in (False, True)),
-]
+HOPPER_TILES_64 = [choose_hopper_tiles(64, is_full) for is_full in (False, True)]
 needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="Gluon's kernel needs a Hopper GPU")
 
 
@@ -285,17 +283,33 @@ def test_hopper_matches_float64_with_every_number_of_blocks(tiles: HopperTiles, 
     check_against_float64(case, replace(tiles, is_split=False), seed=tokens)
 
 
-@needs_hopper
-def test_hopper_tiles_follow_the_number_of_programs() -> None:
-    """Two warpgroups where programs of 128 tokens are as many as multiprocessors, and no more."""
-    count = torch.cuda.get_device_properties(0).multi_processor_count
-
-    def warpgroups(tokens: int, heads: int, requests: int = 1) -> int:
-        query = torch.empty(tokens, heads, 64, dtype=torch.bfloat16, device=DEVICE)
-        return choose_hopper_tiles(64, is_one_wave(query, requests)).warpgroups
-
-    assert [warpgroups(128, heads) for heads in (count // 2, count, count + 1)] == [1, 2, 1]
-    assert [warpgroups(16, 1, requests) for requests in (2, count, count + 1)] == [1, 2, 1]
+@pytest.mark.parametrize(
+    ("candidates", "requests", "history", "expected"),
+    [
+        (128, 16, 8192, True),
+        (512, 8, 8192, True),
+        (1024, 8, 16384, True),
+        (1000, 8, 4096, True),  # 95 % of four waves
+        (512, 16, 2048, False),  # short histories
+        (512, 8, 4095, False),
+        (512, 8, None, False),
+        (128, 1, 16384, False),  # 6 % of a wave
+        (128, 14, 8192, False),  # 85 %
+        (128, 17, 8192, False),  # 52 % of two waves
+        (192, 10, 8192, False),  # half of the programs would be half empty
+        (64, 16, 8192, False),  # all of them would be
+        (1280, 8, 16384, False),  # five waves
+        (1, 0, 8192, False),
+    ],
+)
+def test_hopper_tiles_follow_histories_and_waves(
+    candidates: int, requests: int, history: int | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 heads on the 132 multiprocessors of an H100."""
+    device = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert fills_waves(torch.empty(candidates * requests, 8, 64), requests, history) is expected
+    assert choose_hopper_tiles(64, expected).in_turns is expected
 
 
 @needs_hopper
