@@ -7,6 +7,7 @@ program or each by its own, with the same bits (docs/decisions/0013). What diffe
 - Within a chunk the newest block comes first: the only one that may reach past the history's end. TMA fetches what
   lies there (zeros past the tensor); its scores are masked and its values cleared, since 0 times NaN is NaN.
 - Programs take the longest histories first, so that none of them is left alone at the end.
+- Keys of a block are fetched before the values of the block before it: that is how they are wanted.
 
 The backward pass is in `crossing_attention_gluon_backward`. Gluon has no interpreter: only a Hopper GPU runs this.
 
@@ -54,13 +55,31 @@ class HopperTiles:
     programs_per_sm: int = 1
     is_split: bool | None = None
     """Whether each chunk has a program of its own; None: where there would be too few programs otherwise."""
+    in_turns: bool = False
+    """Whether two warpgroups of a program begin their products in turn."""
 
 
-def choose_hopper_tiles(head_dim: int) -> HopperTiles:
-    """Tiles for heads of 64 or 128 channels."""
-    if head_dim == 64:
-        return HopperTiles(keys=128, chunk=2048, warpgroups=1, stages=2, programs_per_sm=2)
-    return HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=2)
+def choose_hopper_tiles(head_dim: int, fills_waves: bool = False) -> HopperTiles:
+    """Tiles for heads of 64 or 128 channels; the same bits whether or not `fills_waves` holds."""
+    if head_dim == 128:
+        return HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=2)
+    if fills_waves:
+        return HopperTiles(keys=128, chunk=2048, warpgroups=2, stages=3, in_turns=True)
+    return HopperTiles(keys=128, chunk=2048, warpgroups=1, stages=2, programs_per_sm=2)
+
+
+def fills_waves(query: torch.Tensor, requests: int, longest_history: int | None) -> bool:
+    """Whether histories are known to be long, and programs of 128 tokens fill one to four waves of multiprocessors.
+
+    Filled is nine tenths, if the requests are of one size: nothing is read from the device. Such programs are then 1 to
+    4 % faster than two of 64 tokens a multiprocessor, and slower in every other measured case (docs/decisions/0013).
+    """
+    if longest_history is None or longest_history < 4096 or not len(query):
+        return False
+    num_tokens, heads, _ = query.shape
+    multiprocessors: int = torch.cuda.get_device_properties(query.device).multi_processor_count
+    waves: int = triton.cdiv(requests * triton.cdiv(num_tokens, 128 * requests) * heads, multiprocessors)
+    return waves <= 4 and 10 * num_tokens * heads >= 9 * 128 * waves * multiprocessors
 
 
 def is_hopper(query: torch.Tensor) -> bool:
@@ -104,6 +123,7 @@ def hopper_forward(
             candidate_offsets, history_offsets, order, requests, slots, ROWS=rows, BLOCK=32
         )
     query, history_key, history_value = _for_tma(query), _for_tma(history_key), _for_tma(history_value)
+    key_self, value_self = _for_tma(key_self), _for_tma(value_self)
     shared = {
         "heads": heads, "group": heads // key_self.shape[1], "requests": requests,
         "scale_log2": channels**-0.5 * LOG2_E, "TOKENS": tokens, "D": channels, "CHUNK": tiles.chunk,
@@ -113,15 +133,17 @@ def hopper_forward(
     launch, worker_registers = _registers(tiles)
     _forward_kernel[(slots * heads, most_chunks if is_split else 1)](
         _descriptor(query, 64), _descriptor(history_key if len(history_key) else query, tiles.keys),
-        _descriptor(history_value if len(history_value) else query, tiles.keys), query, query.stride(0), *self_pair,
+        _descriptor(history_value if len(history_value) else query, tiles.keys), _descriptor(key_self, 64),
+        _descriptor(value_self, 64), query, query.stride(0), *self_pair,
         candidate_offsets, history_offsets, order, out, lse, part_GTHd, part_max_GTH, part_sum_GTH, num_tokens,
         **shared, KEYS=tiles.keys, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups, MOST_RANKED=_MOST_RANKED,
-        REGISTERS=worker_registers, IS_RANKED=requests <= _MOST_RANKED, IS_SPLIT=is_split, num_warps=4, maxnreg=launch,
+        REGISTERS=worker_registers, IS_RANKED=requests <= _MOST_RANKED, IS_SPLIT=is_split,
+        IN_TURNS=tiles.in_turns and tiles.warpgroups == 2, num_warps=4, maxnreg=launch,
     )  # fmt: skip
     if is_split:
         _fold_kernel[(triton.cdiv(num_tokens, 16) * heads,)](
             query, query.stride(0), *self_pair, candidate_offsets, history_offsets, out, lse,
-            part_GTHd, part_max_GTH, part_sum_GTH, num_tokens, **shared, num_warps=1,
+            part_GTHd, part_max_GTH, part_sum_GTH, num_tokens, **shared, num_warps=1, launch_pdl=True,
         )  # fmt: skip
     return out, lse
 
@@ -196,29 +218,55 @@ def _order_kernel(
 
 @gluon.jit
 def _rank(candidate_offsets, history_offsets, requests, slot, ROWS: gl.constexpr, MOST: gl.constexpr):
-    """Request and first token of a slot as _order_kernel places them, worked out by every warp for itself."""
-    PAIRS: gl.constexpr = gl.BlockedLayout([MOST // 8, MOST // 4], [8, 4], [1, 4], [1, 0])
+    """First token of a slot as _order_kernel places them, end of its request's tokens, begin and length of its history.
+
+    Zeros past the last tile. Every warp works it out for itself, a lane for each request.
+    """
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, MOST], [32, 1], [4, 1], [1, 0])
     r = gl.arange(0, MOST, gl.SliceLayout(1, PAIRS))
-    q = gl.arange(0, MOST, gl.SliceLayout(0, PAIRS))
     begin_r = gl.load(candidate_offsets + gl.minimum(r, requests))
-    tiles_r = (gl.load(candidate_offsets + gl.minimum(r + 1, requests)) - begin_r + ROWS - 1) // ROWS
-    length_r = gl.load(history_offsets + gl.minimum(r + 1, requests)) - gl.load(
-        history_offsets + gl.minimum(r, requests)
-    )
-    begin_q = gl.load(candidate_offsets + gl.minimum(q, requests))
-    tiles_q = (gl.load(candidate_offsets + gl.minimum(q + 1, requests)) - begin_q + ROWS - 1) // ROWS
-    length_q = gl.load(history_offsets + gl.minimum(q + 1, requests)) - gl.load(
-        history_offsets + gl.minimum(q, requests)
-    )
+    end_r = gl.load(candidate_offsets + gl.minimum(r + 1, requests))
+    history_r = gl.load(history_offsets + gl.minimum(r, requests))
+    length_r = gl.load(history_offsets + gl.minimum(r + 1, requests)) - history_r
+    tiles_r = (end_r - begin_r + ROWS - 1) // ROWS
+    q = gl.arange(0, MOST, gl.SliceLayout(0, PAIRS))
+    length_q = gl.convert_layout(length_r, gl.SliceLayout(0, PAIRS))
+    tiles_q = gl.convert_layout(tiles_r, gl.SliceLayout(0, PAIRS))
     is_before = (length_q[None, :] > length_r[:, None]) | (
         (length_q[None, :] == length_r[:, None]) & (q[None, :] < r[:, None])
     )
     zeros = gl.zeros([MOST, MOST], gl.int32, PAIRS)
     start_r = gl.sum(gl.where(is_before, tiles_q[None, :] + zeros, zeros), 1)
     is_mine = (start_r <= slot) & (slot < start_r + tiles_r)
-    request = gl.sum(gl.where(is_mine, r + 1, 0), 0) - 1
     first = gl.sum(gl.where(is_mine, begin_r + (slot - start_r) * ROWS, 0), 0)
-    return request, first
+    end = gl.sum(gl.where(is_mine, end_r, 0), 0)
+    history = gl.sum(gl.where(is_mine, history_r, 0), 0)
+    length = gl.sum(gl.where(is_mine, length_r, 0), 0)
+    return first, end, history, length
+
+
+@gluon.jit
+def _allow_next(any_number):
+    """The kernel launched next may start."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.b32 $0, $1;", "=r,r", [any_number], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def _wait_for_last(any_number):
+    """Until the kernel launched before is done."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, $1;", "=r,r", [any_number], gl.int32, False, 1)
+
+
+@gluon.jit
+def _own_of_tiles(query_tile, own_key, own_value, scale_log2, LAYOUT: gl.constexpr):
+    """What _read_own gives where each row is a candidate, of tiles that have been fetched."""
+    query_Md = query_tile.load(LAYOUT).to(gl.float32)
+    key_Md = own_key.load(LAYOUT).to(gl.float32)
+    value_Md = own_value.load(LAYOUT).to(gl.float32)
+    score_M = gl.sum(query_Md * key_Md, 1) * scale_log2
+    return score_M, gl.full([_ROWS], 1.0, gl.float32, gl.SliceLayout(1, LAYOUT)), value_Md
 
 
 @gluon.jit
@@ -266,43 +314,56 @@ def _fold(largest, total, read, chunk_largest, chunk_total, chunk_read):
 
 @gluon.jit
 def _store(out, lse, row_M, is_row_M, head, heads, largest, total, read, D: gl.constexpr, LAYOUT: gl.constexpr):
-    """The division, and the logarithm of the denominator."""
+    """Shares times values over their sum, and the logarithm of the denominator."""
     at_M = row_M * heads + head
     channel_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-    result = (read / total[:, None]).to(out.dtype.element_ty)
+    result = (read * (1.0 / total)[:, None]).to(out.dtype.element_ty)
     gl.store(out + at_M[:, None] * D + channel_d[None, :], result, is_row_M[:, None])
     gl.store(lse + at_M, (largest + gl.log2(total)) / _LOG2_E, is_row_M)
 
 
 @gluon.jit
 def _fetch(
-    work, query_desc, key_desc, value_desc, buffers, barriers,
-    D: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr, WARPGROUPS: gl.constexpr,
-):  # fmt: skip
+    shared, D: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr, WARPGROUPS: gl.constexpr, HAS_OWN: gl.constexpr
+):
     """The fetching warpgroup: queries of each that has any, then blocks of keys and values as they are freed."""
+    work, descs, buffers, barriers = shared
+    query_desc, key_desc, value_desc, own_key_desc, own_value_desc = descs
     first, end, history_begin, length, first_chunk, last_chunk, head, key_head = work
-    query_tiles, key_tiles, value_tiles, _ = buffers
+    query_tiles, key_tiles, value_tiles, own_tiles = buffers
     query_full, key_full, key_free, value_full, value_free, _ = barriers
     STAGES: gl.constexpr = key_tiles.type.shape[0]
     for w in gl.static_range(WARPGROUPS):
         if first + w * _ROWS < end:
-            mbarrier.expect(query_full.index(w), query_desc.block_type.nbytes)
-            _tma_load(query_desc, [first + w * _ROWS, head * D], query_full.index(w), query_tiles.index(w))
+            row = first + w * _ROWS
+            ALL: gl.constexpr = (3 if HAS_OWN else 1) * query_desc.block_type.nbytes
+            mbarrier.expect(query_full.index(w), ALL)
+            _tma_load(query_desc, [row, head * D], query_full.index(w), query_tiles.index(w))
+            if HAS_OWN:
+                _tma_load(own_key_desc, [row, key_head * D], query_full.index(w), own_tiles.index(2 * w))
+                _tma_load(own_value_desc, [row, key_head * D], query_full.index(w), own_tiles.index(2 * w + 1))
     turn = 0
     for chunk in range(first_chunk, last_chunk):
         chunk_end = gl.minimum(chunk * CHUNK + CHUNK, length)
         blocks = (chunk_end - chunk * CHUNK + KEYS - 1) // KEYS
-        for i in range(blocks):
-            at = history_begin + chunk * CHUNK + (blocks - 1 - i) * KEYS
-            stage = turn % STAGES
-            phase = (turn // STAGES) & 1
-            mbarrier.wait(key_free.index(stage), phase ^ 1)
-            mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
-            _tma_load(key_desc, [at, key_head * D], key_full.index(stage), key_tiles.index(stage))
-            mbarrier.wait(value_free.index(stage), phase ^ 1)
-            mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
-            _tma_load(value_desc, [at, key_head * D], value_full.index(stage), value_tiles.index(stage))
-            turn += 1
+        newest = history_begin + chunk * CHUNK + (blocks - 1) * KEYS
+        # Keys of a block before values of the one before it: they are wanted so.
+        for i in range(blocks + 1):
+            if i < blocks:
+                stage = (turn + i) % STAGES
+                mbarrier.wait(key_free.index(stage), (((turn + i) // STAGES) & 1) ^ 1)
+                mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
+                _tma_load(key_desc, [newest - i * KEYS, key_head * D], key_full.index(stage), key_tiles.index(stage))
+            if i > 0:
+                before = turn + i - 1
+                stage = before % STAGES
+                mbarrier.wait(value_free.index(stage), ((before // STAGES) & 1) ^ 1)
+                mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
+                _tma_load(
+                    value_desc, [newest - (i - 1) * KEYS, key_head * D], value_full.index(stage),
+                    value_tiles.index(stage),
+                )  # fmt: skip
+        turn += blocks
 
 
 @gluon.jit
@@ -324,9 +385,33 @@ def _sum_of_thread(share, KEYS: gl.constexpr):
 
 
 @gluon.jit
+def _max_of_row(score, KEYS: gl.constexpr):
+    """The largest score of each row, by short chains."""
+    return gl.max(gl.max(gl.max(gl.max(score.reshape([_ROWS, 4, KEYS // 32, 4, 2]), 4), 2), 1), 1)
+
+
+@gluon.jit
+def _take_turn(any_number, w: gl.constexpr):
+    """Wait until the other warpgroup has given warpgroup w its turn."""
+    if w == 0:
+        gl.inline_asm_elementwise("bar.sync 8, 256; mov.b32 $0, $1;", "=r,r", [any_number], gl.int32, False, 1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 9, 256; mov.b32 $0, $1;", "=r,r", [any_number], gl.int32, False, 1)
+
+
+@gluon.jit
+def _give_turn(any_number, w: gl.constexpr):
+    """Warpgroup w may go on."""
+    if w == 0:
+        gl.inline_asm_elementwise("bar.arrive 8, 256; mov.b32 $0, $1;", "=r,r", [any_number], gl.int32, False, 1)
+    else:
+        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.b32 $0, $1;", "=r,r", [any_number], gl.int32, False, 1)
+
+
+@gluon.jit
 def _read_chunk(
     query_tile, key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
-    w: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
+    w: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """Blocks of a chunk, newest first, of which the newest has `limit` events: what _fold takes, and the next turn.
 
@@ -359,24 +444,34 @@ def _read_chunk(
             mbarrier.wait(value_cleared, 0)
     event_N = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
     score = gl.where(event_N[None, :] < limit, score, float("-inf"))
-    largest = gl.max(score, 1) * scale_log2
+    largest = gl.convert_layout(_max_of_row(score, KEYS), gl.SliceLayout(1, SCORES)) * scale_log2
     share = gl.exp2(gl.fma(score, scale_log2, -largest[:, None]))
     total = _sum_of_thread(share, KEYS)
     THREAD: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     operand = gl.convert_layout(share.to(dtype), SHARES)
     next_stage = (turn + 1) % STAGES
     next_phase = ((turn + 1) // STAGES) & 1
-    for _block in range(1, blocks):
+    if IN_TURNS and w == 1 and blocks > 1:
+        _give_turn(turn, 0)
+    for block in range(1, blocks):
+        if IN_TURNS:
+            _take_turn(turn, w)
         mbarrier.wait(key_full.index(next_stage), next_phase)
         score = warpgroup_mma(
             query_tile, key_tiles.index(next_stage).permute((1, 0)), nothing, use_acc=False, is_async=True
         )
         mbarrier.wait(value_full.index(stage), phase)
         read = warpgroup_mma(operand, value_tiles.index(stage), read, is_async=True)
+        if IN_TURNS:
+            if w == 0:
+                _give_turn(turn, 1)
+            elif block + 1 < blocks:
+                _give_turn(turn, 0)
         score = warpgroup_mma_wait(1, deps=[score])
         mbarrier.arrive(key_free.index(next_stage), count=1)
         # Softmax as it goes (Milakov and Gimelshein 2018).
-        new_largest = gl.maximum(largest, gl.max(score, 1) * scale_log2)
+        row_max = gl.convert_layout(_max_of_row(score, KEYS), gl.SliceLayout(1, SCORES))
+        new_largest = gl.maximum(largest, row_max * scale_log2)
         shrink = gl.exp2(largest - new_largest)
         largest = new_largest
         # The values have come long ago. ptxas moves no work past a wait: the row maximum stays beside the product.
@@ -402,14 +497,14 @@ def _read_chunk(
 @gluon.jit
 def _attend(
     shared, w: gl.constexpr, TOKENS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr,
-    IS_SPLIT: gl.constexpr,
+    IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: its 64 rows over the chunks."""
     work, pointers, sizes, buffers, barriers, scale_log2 = shared
     first, end, _, length, first_chunk, last_chunk, head, key_head = work
     query, key_self, value_self, out, lse, part, part_max, part_sum = pointers
     query_stride, key_self_stride, value_self_stride, num_tokens, heads = sizes
-    query_tiles, key_tiles, value_tiles, totals = buffers
+    query_tiles, key_tiles, value_tiles, own_tiles = buffers
     query_full, key_full, key_free, value_full, value_free, _ = barriers
     STAGES: gl.constexpr = key_tiles.type.shape[0]
     READ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -421,9 +516,10 @@ def _attend(
             mbarrier.wait(query_full.index(w), 0)
             chunk_end = gl.minimum(first_chunk * CHUNK + CHUNK, length) - first_chunk * CHUNK
             blocks = (chunk_end + KEYS - 1) // KEYS
+            limit = chunk_end - (blocks - 1) * KEYS
             largest, total, read, turn = _read_chunk(
-                query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, chunk_end - (blocks - 1) * KEYS,
-                scale_log2, w, KEYS, D,
+                query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
+                w, KEYS, D, IN_TURNS,
             )  # fmt: skip
             at_M = (row_M + first_chunk * num_tokens) * heads + head
             channel_d = gl.arange(0, D, gl.SliceLayout(0, READ))
@@ -431,18 +527,29 @@ def _attend(
             gl.store(part_sum + at_M, total, is_row_M)
             gl.store(part + at_M[:, None] * D + channel_d[None, :], read, is_row_M[:, None])
         else:
-            largest, total, read = _read_own(
-                query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M, head,
-                key_head, scale_log2, TOKENS, D, READ,
-            )  # fmt: skip
+            totals = own_tiles._reinterpret(
+                gl.float32, [WARPGROUPS, _ROWS, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+            )
+            if TOKENS == 1:
+                mbarrier.wait(query_full.index(w), 0)
+                largest, total, read = _own_of_tiles(
+                    query_tiles.index(w), own_tiles.index(2 * w), own_tiles.index(2 * w + 1), scale_log2, READ
+                )
+                _barrier()  # the total takes the place of the tiles
+            else:
+                largest, total, read = _read_own(
+                    query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M,
+                    head, key_head, scale_log2, TOKENS, D, READ,
+                )  # fmt: skip
+                mbarrier.wait(query_full.index(w), 0)
             totals.index(w).store(read)
-            mbarrier.wait(query_full.index(w), 0)
             for chunk in range(first_chunk, last_chunk):
                 chunk_end = gl.minimum(chunk * CHUNK + CHUNK, length) - chunk * CHUNK
                 blocks = (chunk_end + KEYS - 1) // KEYS
+                limit = chunk_end - (blocks - 1) * KEYS
                 chunk_largest, chunk_total, chunk_read, turn = _read_chunk(
-                    query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks,
-                    chunk_end - (blocks - 1) * KEYS, scale_log2, w, KEYS, D,
+                    query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
+                    w, KEYS, D, IN_TURNS,
                 )  # fmt: skip
                 read = totals.index(w).load(READ)
                 largest, total, read = _fold(largest, total, read, chunk_largest, chunk_total, chunk_read)
@@ -453,7 +560,15 @@ def _attend(
         # Without rows: only hand the blocks on.
         for chunk in range(first_chunk, last_chunk):
             blocks = (gl.minimum(CHUNK, length - chunk * CHUNK) + KEYS - 1) // KEYS
-            for _block in range(blocks):
+            if IN_TURNS and w == 1 and blocks > 1:
+                _give_turn(turn, 0)
+            for block in range(blocks):
+                if IN_TURNS and block > 0:
+                    _take_turn(turn, w)
+                    if w == 0:
+                        _give_turn(turn, 1)
+                    elif block + 1 < blocks:
+                        _give_turn(turn, 0)
                 stage = turn % STAGES
                 phase = (turn // STAGES) & 1
                 mbarrier.wait(key_full.index(stage), phase)
@@ -466,25 +581,30 @@ def _attend(
 # One code, and so the same bits, whatever the counts.
 @gluon.jit(do_not_specialize=["num_tokens", "requests"])
 def _forward_kernel(
-    query_desc, key_desc, value_desc, query, query_stride, key_self, value_self, key_self_stride, value_self_stride,
-    candidate_offsets, history_offsets, order, out, lse, part, part_max, part_sum, num_tokens, heads, group, requests,
-    scale_log2, TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    query_desc, key_desc, value_desc, own_key_desc, own_value_desc, query, query_stride, key_self, value_self,
+    key_self_stride, value_self_stride, candidate_offsets, history_offsets, order, out, lse, part, part_max, part_sum,
+    num_tokens, heads, group, requests, scale_log2,
+    TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, MOST_RANKED: gl.constexpr, REGISTERS: gl.constexpr, IS_RANKED: gl.constexpr,
-    IS_SPLIT: gl.constexpr,
+    IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """Tokens of one tile and head over the whole history; where it is split, over one chunk, left in `part`."""
     slot = gl.program_id(0) // heads
     head = gl.program_id(0) % heads
+    if IS_SPLIT:
+        _allow_next(slot)
     if IS_RANKED:
-        request, first = _rank(candidate_offsets, history_offsets, requests, slot, WARPGROUPS * _ROWS, MOST_RANKED)
+        first, end, history_begin, length = _rank(
+            candidate_offsets, history_offsets, requests, slot, WARPGROUPS * _ROWS, MOST_RANKED
+        )
     else:
         request = gl.load(order + 2 * slot)
         first = gl.load(order + 2 * slot + 1)
-    is_tile = request >= 0
-    request = gl.maximum(request, 0)
-    end = gl.where(is_tile, gl.load(candidate_offsets + request + 1), first)
-    history_begin = gl.load(history_offsets + request)
-    length = gl.load(history_offsets + request + 1) - history_begin
+        is_tile = request >= 0
+        request = gl.maximum(request, 0)
+        end = gl.where(is_tile, gl.load(candidate_offsets + request + 1), first)
+        history_begin = gl.load(history_offsets + request)
+        length = gl.load(history_offsets + request + 1) - history_begin
     if IS_SPLIT:
         first_chunk = gl.program_id(1)
         last_chunk = first_chunk + 1
@@ -496,12 +616,11 @@ def _forward_kernel(
     key_head = head // group
 
     dtype: gl.constexpr = query_desc.dtype
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     buffers = (
         gl.allocate_shared_memory(dtype, [WARPGROUPS, _ROWS, D], query_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], key_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], value_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [0 if IS_SPLIT else WARPGROUPS, _ROWS, D], FLAT),
+        gl.allocate_shared_memory(dtype, [0 if IS_SPLIT else 2 * WARPGROUPS, _ROWS, D], query_desc.layout),
     )
     query_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -522,11 +641,13 @@ def _forward_kernel(
     sizes = (query_stride, key_self_stride, value_self_stride, num_tokens, heads)
     work = (first, end, history_begin, length, first_chunk, last_chunk, head, key_head)
     shared = (work, pointers, sizes, buffers, barriers, scale_log2)
+    descs = (query_desc, key_desc, value_desc, own_key_desc, own_value_desc)
+    fetch = (work, descs, buffers, barriers)
     if WARPGROUPS == 1:
         gl.warp_specialize(
             [
-                (_fetch, (work, query_desc, key_desc, value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT)),
+                (_fetch, (fetch, D, KEYS, CHUNK, WARPGROUPS, TOKENS == 1 and not IS_SPLIT)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, WARPGROUPS)),
             ],
             [4],
             [REGISTERS],
@@ -534,9 +655,9 @@ def _forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_fetch, (work, query_desc, key_desc, value_desc, buffers, barriers, D, KEYS, CHUNK, WARPGROUPS)),
-                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT)),
-                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, IS_SPLIT)),
+                (_fetch, (fetch, D, KEYS, CHUNK, WARPGROUPS, TOKENS == 1 and not IS_SPLIT)),
+                (_attend, (shared, 0, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, WARPGROUPS)),
+                (_attend, (shared, 1, TOKENS, D, KEYS, CHUNK, IS_SPLIT, IN_TURNS, WARPGROUPS)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -582,6 +703,7 @@ def _fold_kernel(
         query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M, head,
         head // group, scale_log2, TOKENS, D, READ,
     )  # fmt: skip
+    _wait_for_last(first)
     AT_ONCE: gl.constexpr = 256 // D  # as many as registers hold
     for chunk in range(0, gl.max(chunks_M, 0), AT_ONCE):
         one = _load_part(part, part_max, part_sum, row_M, chunks_M, chunk, num_tokens, head, heads, D)

@@ -22,7 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
-from model.kernels.crossing_attention_gluon import HopperTiles, choose_hopper_tiles, hopper_forward, is_hopper
+from model.kernels.crossing_attention_gluon import (
+    HopperTiles,
+    choose_hopper_tiles,
+    fills_waves,
+    hopper_forward,
+    is_hopper,
+)
 
 LOG2_E = 1.4426950408889634
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
@@ -68,10 +74,12 @@ def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     return Tiles(rows, 64, 2048, num_warps, num_stages=3, query_gradient=backward, history_gradient=backward)
 
 
-def choose_forward_tiles(query_THd: torch.Tensor) -> Tiles | HopperTiles:
+def choose_forward_tiles(
+    query_THd: torch.Tensor, requests: int, longest_history: int | None = None
+) -> Tiles | HopperTiles:
     """Tiles of the forward pass of the kernel for this device: that of crossing_attention_gluon, or the one here."""
     if is_hopper(query_THd):
-        return choose_hopper_tiles(query_THd.shape[-1])
+        return choose_hopper_tiles(query_THd.shape[-1], fills_waves(query_THd, requests, longest_history))
     return choose_tiles(query_THd.shape[-1], query_THd.dtype)
 
 
@@ -92,7 +100,7 @@ def crossing_attention_kernel(
 
     tiles: of the forward pass, and so which kernel does it; for tests and for finding better ones.
     """
-    tiles = tiles or choose_forward_tiles(query_THd)
+    tiles = tiles or choose_forward_tiles(query_THd, len(candidate_offsets) - 1, longest_history)
     with torch.cuda.device_of(query_THd):  # kernels start on the current device; on the CPU this does nothing
         out_THd, lse_TH = _CrossingAttention.apply(
             query_THd, key_self_TKd, value_self_TKd, history_key_SKd, history_value_SKd,

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,13 @@ from model.kernels.crossing_attention import check_kernel, crossing_attention, c
 pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 
-from model.kernels.crossing_attention_gluon import HopperTiles, _order_kernel, choose_hopper_tiles, is_hopper
+from model.kernels.crossing_attention_gluon import (
+    HopperTiles,
+    _order_kernel,
+    choose_hopper_tiles,
+    fills_waves,
+    is_hopper,
+)
 from model.kernels.crossing_attention_triton import BackwardTiles, Tiles, choose_tiles, crossing_attention_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -252,6 +259,7 @@ def test_the_longest_histories_come_first(requests: int) -> None:
 
 
 ON_HOPPER = DEVICE == "cuda" and is_hopper(torch.empty(0, 1, 64, dtype=torch.bfloat16, device=DEVICE))
+HOPPER_TILES_64 = [choose_hopper_tiles(64, is_full) for is_full in (False, True)]
 needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="Gluon's kernel needs a Hopper GPU")
 
 
@@ -266,8 +274,54 @@ def test_hopper_matches_float64(is_split: bool, head_dim: int, tokens: int, dtyp
 
 
 @needs_hopper
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_hopper_has_the_same_bits_alone_and_however_work_is_shared_out(head_dim: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tiles", HOPPER_TILES_64, ids=str)
+def test_hopper_matches_float64_with_every_number_of_blocks(tiles: HopperTiles, tokens: int) -> None:
+    """1 to 5 and 16 to 18 blocks of a history, full and ragged, and second warpgroups without rows."""
+    histories = [128, 200, 384, 511, 640, 2048, 2049, 2304]
+    case = Case([40, 9, 1, 80, 3, 2, 43, 5], histories, tokens, head_dim=64, dtype=torch.bfloat16)
+    check_against_float64(case, replace(tiles, is_split=False), seed=tokens)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "requests", "history", "expected"),
+    [
+        (128, 16, 8192, True),
+        (512, 8, 8192, True),
+        (1024, 8, 16384, True),
+        (1000, 8, 4096, True),  # 95 % of four waves
+        (512, 16, 2048, False),  # short histories
+        (512, 8, 4095, False),
+        (512, 8, None, False),
+        (128, 1, 16384, False),  # 6 % of a wave
+        (128, 14, 8192, False),  # 85 %
+        (128, 17, 8192, False),  # 52 % of two waves
+        (192, 10, 8192, False),  # half of the programs would be half empty
+        (64, 16, 8192, False),  # all of them would be
+        (1280, 8, 16384, False),  # five waves
+        (1, 0, 8192, False),
+    ],
+)
+def test_hopper_tiles_follow_histories_and_waves(
+    candidates: int, requests: int, history: int | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 heads on the 132 multiprocessors of an H100."""
+    device = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert fills_waves(torch.empty(candidates * requests, 8, 64), requests, history) is expected
+    assert choose_hopper_tiles(64, expected).in_turns is expected
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    ("head_dim", "tiles"),
+    [
+        *((64, tiles) for tiles in HOPPER_TILES_64),
+        *((128, replace(choose_hopper_tiles(128), warpgroups=warpgroups)) for warpgroups in (1, 2)),
+    ],
+    ids=str,
+)
+def test_hopper_has_the_same_bits_alone_and_however_work_is_shared_out(head_dim: int, tiles: HopperTiles) -> None:
     """Also beside 60 requests, with a table of tiles, and beside NaN in other requests."""
     case = Case([9, 150, 3] * 20, [3000, 2055, 0] * 20, tokens=1, head_dim=head_dim, dtype=torch.bfloat16)
     inputs = [x.to(DEVICE) for x in case.draw()]
@@ -278,8 +332,7 @@ def test_hopper_has_the_same_bits_alone_and_however_work_is_shared_out(head_dim:
     spoilt = [torch.full_like(x, float("nan")) for x in inputs[:5]]
     for place, bad, good in zip((own, own, own, history, history), spoilt, inputs, strict=False):
         bad[place] = good[place]
-    other = replace(chosen, warpgroups=3 - chosen.warpgroups, programs_per_sm=1)
-    for tiles, is_split in itertools.product((chosen, other), (False, True)):
+    for is_split in (False, True):
         changed = replace(tiles, is_split=is_split)
         found = crossing_attention_kernel(*inputs[:5], starts, events, tiles=changed)
         assert all(torch.equal(one, two) for one, two in zip(found, company, strict=True))
