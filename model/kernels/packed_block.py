@@ -128,20 +128,21 @@ def between(
     arguments = event_TD, attended_TD, tail, head, position_T, cos_Ld, sin_Ld
     if not event_TD.is_cuda:
         return between_reference(*arguments)
-    if is_hopper(event_TD, tail):
+    if is_hopper(event_TD, tail, cos_Ld):
         from model.kernels.packed_block_gluon import between_hopper
 
         return between_hopper(*arguments)
     return between_products(*arguments)
 
 
-def is_hopper(event_TD: torch.Tensor, tail: Tail | None) -> bool:
-    """Whether the kernels for Hopper take it: their widths, half precision, whole blocks of 128 hidden channels."""
+def is_hopper(event_TD: torch.Tensor, tail: Tail | None, cos_Ld: torch.Tensor) -> bool:
+    """Whether the kernels for Hopper take it: their widths, half precision, whole heads and hidden channels in 128."""
     return (
         event_TD.is_cuda
         and torch.cuda.get_device_capability(event_TD.device)[0] == 9
         and event_TD.shape[1] in HOPPER_WIDTHS
         and event_TD.dtype in (torch.bfloat16, torch.float16)
+        and 64 % cos_Ld.shape[1] == 0
         and (tail is None or len(tail.ffn_in_FD) % 128 == 0)
     )
 
