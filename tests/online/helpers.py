@@ -180,10 +180,11 @@ class Rows:
 def serving(
     registry: Path, url: str, *, now_us: Callable[[], int] = lambda: time.time_ns() // 1000, **settings: Any
 ) -> Iterator[tuple[Server, UserTowerClient]]:
-    """A server in this process and a client of it."""
+    """A server in this process and a client of it; where there is a GPU, its items are there."""
     defaults: dict[str, Any] = {"port": 0, "metrics_port": 0, "poll_ms": 20.0, "notice_s": 0.0, "deadline_ms": 2000.0}
     # A machine busy with other tests may take longer than a service should.
     defaults["store_timeout_ms"] = 1000.0
+    defaults["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     server = Server(Settings(registry=str(registry), redis_url=url, **(defaults | settings)), now_us=now_us)
     try:
         server.start()
