@@ -12,7 +12,7 @@ KERNEL_HEAD_DIMS = (32, 64, 128)
 
 
 def is_kernel_taken(query_Thd: torch.Tensor) -> bool:
-    """Whether the Triton kernel reads it: half precision on CUDA, no gradient asked for, a head of its widths."""
+    """Whether our kernels read it: half precision on CUDA, no gradient asked for, a head of its widths."""
     return (
         query_Thd.is_cuda
         and query_Thd.dtype in (torch.bfloat16, torch.float16)
@@ -29,14 +29,23 @@ def causal_attention(
     query_Thd, key_Thd, value_Thd: bf16 or f16 on CUDA, any float on the CPU; scores are scaled by d ** -0.5.
     offsets: i32 [U + 1], on the device, rising from 0; events behind the last offset belong to no user, and what is
     returned for them is left as it was found.  longest: events of the longest history, or more.
-    On CUDA our kernel in inference, through which no gradient flows, the library's variable-length one in training.
+    On CUDA our kernels in inference, through which no gradient flows (one for Hopper GPUs, one for others), the
+    library's variable-length one in training.
     """
     if not query_Thd.is_cuda:
         return causal_attention_reference(query_Thd, key_Thd, value_Thd, offsets)
     if is_kernel_taken(query_Thd):
-        from model.kernels.causal_attention_triton import causal_attention_kernel
+        from model.kernels.crossing_attention_gluon import is_hopper
 
-        out: torch.Tensor = causal_attention_kernel(query_Thd, key_Thd, value_Thd, offsets)
+        out: torch.Tensor
+        if is_hopper(query_Thd):
+            from model.kernels.causal_attention_gluon import causal_attention_hopper
+
+            out = causal_attention_hopper(query_Thd, key_Thd, value_Thd, offsets, longest)
+        else:
+            from model.kernels.causal_attention_triton import causal_attention_kernel
+
+            out = causal_attention_kernel(query_Thd, key_Thd, value_Thd, offsets)
         return out
     from torch.nn.attention.varlen import varlen_attn
 
