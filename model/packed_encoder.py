@@ -143,15 +143,16 @@ class PackedEncoder:
     def run(self, event_TD: torch.Tensor, position_T: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Embedded events through the blocks: bf16 [T, D], without the biases that the stream lacks.
 
-        event_TD is not to be read afterwards.  position_T: i32.  offsets: i32 [U + 1], on the device.
+        event_TD is not to be read afterwards.  position_T: i32.  offsets: i32 [U + 1], on the device; of events behind
+        the last user's anything comes back.
         """
-        angles = position_T, self._cos_Ld, self._sin_Ld
-        event_TD, projected = between(event_TD, None, None, self._heads[0], *angles)
+        angles, count = (position_T, self._cos_Ld, self._sin_Ld), offsets[-1:]
+        event_TD, projected = between(event_TD, None, None, self._heads[0], *angles, count=count)
         for tail, head in zip(self._tails, [*self._heads[1:], None], strict=True):
             assert projected is not None
             query_Thd, key_Thd, value_Thd = projected.unbind(1)
             attended_Thd = causal_attention(query_Thd, key_Thd, value_Thd, offsets, self.limit)
-            event_TD, projected = between(event_TD, attended_Thd.flatten(1), tail, head, *angles)
+            event_TD, projected = between(event_TD, attended_Thd.flatten(1), tail, head, *angles, count=count)
         return event_TD
 
 

@@ -105,14 +105,17 @@ def between(
     position_T: torch.Tensor,
     cos_Ld: torch.Tensor,
     sin_Ld: torch.Tensor,
+    *,
+    count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The residual stream behind the block whose attention gave `attended_TD`, [T, D] (without a tail: as it came), and
     what the next block's attention reads: queries, keys and values, [T, 3, h, d] (without a head: None).
 
     event_TD: the stream before the block, without what the tail or head says it lacks; what comes back may stand in its
     place.  event_TD, attended_TD: bf16 or f16; on the CPU any float.  position_T: i32 or i64.  cos_Ld, sin_Ld: f32
-    [L, d / 2].  Sums, norms and GELU (Hendrycks and Gimpel 2016; on CUDA within 1e-3 of the exact one) in f32. No
-    gradient flows. A token's result has the same bits among any others of as many. Raises ShapeError.
+    [L, d / 2].  count: i32 [1], on the device; rows from there on may hold anything, before and after.  Sums, norms and
+    GELU (Hendrycks and Gimpel 2016; on CUDA within 1e-3 of the exact one) in f32. No gradient flows. A token's result
+    has the same bits among any others of as many. Raises ShapeError.
     Source: pre-norm blocks (Xiong et al. 2020), rotary embedding (Su et al. 2021, equation 34).
     """
     width = event_TD.shape[1]
@@ -131,7 +134,7 @@ def between(
     if is_hopper(event_TD, tail, cos_Ld):
         from model.kernels.packed_block_gluon import between_hopper
 
-        return between_hopper(*arguments)
+        return between_hopper(*arguments, count)
     return between_products(*arguments)
 
 

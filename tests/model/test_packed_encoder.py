@@ -11,6 +11,8 @@ from model.packed_encoder import PackedEncoder, lay_out, plan_batches
 from tests.model.test_encoder import make_features
 from tests.releases import SMALL, make_tower
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
+
 CONFIG = replace(SMALL, d_model=64, num_heads=2, num_layers=3)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

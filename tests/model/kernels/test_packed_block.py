@@ -109,8 +109,12 @@ def test_between_is_what_two_blocks_do(
 @pytest.mark.parametrize("lengths", [[20, 1, 24], [64] * 5 + [63], [50] * 400])
 @pytest.mark.parametrize("has_tail", [False, True])
 @pytest.mark.parametrize("has_head", [False, True])
-def test_on_hopper_too(width: int, heads: int, lengths: Sequence[int], has_tail: bool, has_head: bool) -> None:
-    """400 histories of 50 are more tiles than a GPU has multiprocessors."""
+def test_on_hopper_too(
+    width: int, heads: int, lengths: Sequence[int], has_tail: bool, has_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """400 histories of 50 are more tiles than a GPU has multiprocessors; at 512 channels the library takes two of the
+    products, and may split their sums into parts in bfloat16 unless that is switched off."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     check_between(between, width, heads, lengths, has_tail, has_head, 4e-2)
 
 
@@ -130,6 +134,49 @@ def test_a_token_has_the_same_bits_wherever_it_stands(width: int, heads: int) ->
         assert first[1] is not None
         assert second[1] is not None
         assert torch.equal(first[1][order_T], second[1])
+
+
+@needs_hopper
+@pytest.mark.parametrize(("width", "heads"), [(256, 4), (512, 8)])
+@pytest.mark.parametrize("count", [0, 1, 300, 19_999, 20_000])
+def test_rows_behind_the_count_change_nothing(width: int, heads: int, count: int) -> None:
+    one, two = make_blocks(width, heads)
+    tail, head = Tail.of(one, torch.bfloat16), Head.of(two, torch.bfloat16)
+    _, cos_Ld, sin_Ld = make_packing([1], width // heads)
+    event_TD, attended_TD = draw(20_000, width), draw(20_000, width, seed=1)
+    position_T = torch.arange(20_000, dtype=torch.int32, device=DEVICE) % 64
+    whole = between(event_TD.clone(), attended_TD, tail, head, position_T, cos_Ld, sin_Ld)
+    event_TD[count:], attended_TD[count:] = torch.nan, torch.nan
+    counted = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    part = between(event_TD, attended_TD, tail, head, position_T, cos_Ld, sin_Ld, count=counted)
+    for mine, theirs in zip(part, whole, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert torch.equal(mine[:count], theirs[:count])
+
+
+@needs_hopper
+@pytest.mark.parametrize(("width", "order"), [(256, 0), (256, 1), (256, 2), (512, 0)])
+def test_who_multiplies_when_does_not_matter(width: int, order: int) -> None:
+    """Bit by bit: warpgroups with rows of their own against all rows, and with and without turns."""
+    from model.kernels.packed_block_gluon import _fused, normed_product
+
+    one, two = make_blocks(width, 4)
+    tail, head = Tail.of(one, torch.bfloat16), Head.of(two, torch.bfloat16)
+    _, cos_Ld, sin_Ld = make_packing([1], width // 4)
+    event_TD, attended_TD = draw(40_000, width), draw(40_000, width, seed=1)
+    position_T = torch.arange(40_000, dtype=torch.int32, device=DEVICE) % 64
+    angles = position_T, cos_Ld, sin_Ld
+    if width == 512:
+        arguments = event_TD, tail.lacking_D, tail.ffn_in_FD, tail.ffn_in_bias_F, tail.epsilon
+        assert_close(normed_product(*arguments), normed_product(*arguments, by_columns=False).double(), 1e-2)
+        return
+    first = between(event_TD.clone(), attended_TD, tail, head, *angles)
+    second = _fused(event_TD, attended_TD, tail, head, *angles, None, order)
+    for mine, theirs in zip(first, second, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert torch.equal(mine, theirs)
 
 
 def test_what_the_stream_lacks_adds_up() -> None:
