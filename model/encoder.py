@@ -15,7 +15,7 @@ from model.config import TowerConfig
 from model.errors import ShapeError
 from model.features import GAP_BUCKETS, EventFeatures
 from model.item_tower import ItemEmbedder
-from model.kernels.causal_attention import causal_attention
+from model.kernels.causal_attention import causal_attention, plan_causal
 
 ROTARY_BASE = 10_000.0
 _FAR = -1e4  # in place of minus infinity where SiLU follows
@@ -33,6 +33,8 @@ class Packing:
     cos_Td: torch.Tensor
     sin_Td: torch.Tensor
     time_us_T: torch.Tensor
+    plan: torch.Tensor | None = None
+    """Of causal attention (plan_causal's), where it takes one."""
 
     @classmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads sizes on the host
@@ -50,14 +52,16 @@ class Packing:
         frequency = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angle_Ld = (torch.arange(longest, dtype=torch.float64)[:, None] * frequency).float()
         angle_Ld = angle_Ld.to(device, non_blocking=True)
+        offsets = start_U1.int()
         return cls(
-            offsets=start_U1.int(),
+            offsets=offsets,
             user_T=user_T,
             position_T=position_T,
             longest=longest,
             cos_Td=angle_Ld.cos()[position_T, None],
             sin_Td=angle_Ld.sin()[position_T, None],
             time_us_T=time_us_T,
+            plan=plan_causal(offsets, events, longest, head_dim),
         )
 
 
@@ -79,7 +83,7 @@ def packed_causal_attention(
     laid out padded at their end: a causal mask alone then keeps every real event from reading the padding.
     """
     if query_Thd.is_cuda and query_Thd.dtype in (torch.bfloat16, torch.float16):
-        return causal_attention(query_Thd, key_Thd, value_Thd, packing.offsets, packing.longest)
+        return causal_attention(query_Thd, key_Thd, value_Thd, packing.offsets, packing.longest, packing.plan)
     query, key, value = (_pad(x, packing) for x in (query_Thd, key_Thd, value_Thd))
     out_UhLd = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return out_UhLd[packing.user_T, :, packing.position_T]

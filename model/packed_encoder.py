@@ -17,7 +17,7 @@ from model.crossing import rotary_angles
 from model.encoder import Block, Encoder
 from model.errors import ConfigError, ShapeError
 from model.features import EventFeatures
-from model.kernels.causal_attention import KERNEL_HEAD_DIMS, causal_attention
+from model.kernels.causal_attention import KERNEL_HEAD_DIMS, causal_attention, plan_causal
 from model.kernels.packed_block import between, stack
 
 BATCH_TOKENS = 33_792
@@ -147,11 +147,12 @@ class PackedEncoder:
         the last user's anything comes back.
         """
         angles, count = (position_T, self._cos_Ld, self._sin_Ld), offsets[-1:]
+        plan = plan_causal(offsets, len(event_TD), self.limit, 2 * self._cos_Ld.shape[1])
         event_TD, projected = between(event_TD, None, None, self._heads[0], *angles, count=count)
         for tail, head in zip(self._tails, [*self._heads[1:], None], strict=True):
             assert projected is not None
             query_Thd, key_Thd, value_Thd = projected.unbind(1)
-            attended_Thd = causal_attention(query_Thd, key_Thd, value_Thd, offsets, self.limit)
+            attended_Thd = causal_attention(query_Thd, key_Thd, value_Thd, offsets, self.limit, plan)
             event_TD, projected = between(event_TD, attended_Thd.flatten(1), tail, head, *angles, count=count)
         return event_TD
 

@@ -22,13 +22,15 @@ def is_kernel_taken(query_Thd: torch.Tensor) -> bool:
 
 
 def causal_attention(
-    query_Thd: torch.Tensor, key_Thd: torch.Tensor, value_Thd: torch.Tensor, offsets: torch.Tensor, longest: int
-) -> torch.Tensor:
+    query_Thd: torch.Tensor, key_Thd: torch.Tensor, value_Thd: torch.Tensor, offsets: torch.Tensor, longest: int,
+    plan: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Softmax attention of each event to its user's events up to and including itself. Returns [T, h, d].
 
     query_Thd, key_Thd, value_Thd: bf16 or f16 on CUDA, any float on the CPU; scores are scaled by d ** -0.5.
     offsets: i32 [U + 1], on the device, rising from 0; events behind the last offset belong to no user, and what is
     returned for them is left as it was found.  longest: events of the longest history, or more.
+    plan: what plan_causal gave for them, where several layers share it.
     On CUDA our kernels in inference, through which no gradient flows (one for Hopper GPUs, one for others), the
     library's variable-length one in training.
     """
@@ -41,7 +43,7 @@ def causal_attention(
         if is_hopper(query_Thd):
             from model.kernels.causal_attention_gluon import causal_attention_hopper
 
-            out = causal_attention_hopper(query_Thd, key_Thd, value_Thd, offsets, longest)
+            out = causal_attention_hopper(query_Thd, key_Thd, value_Thd, offsets, longest, plan)
         else:
             from model.kernels.causal_attention_triton import causal_attention_kernel
 
@@ -51,6 +53,20 @@ def causal_attention(
 
     lengths = (offsets, offsets, longest, longest)
     return varlen_attn(query_Thd, key_Thd, value_Thd, *lengths, window_size=(-1, 0))  # type: ignore[return-value]
+
+
+def plan_causal(offsets: torch.Tensor, events: int, longest: int, head_dim: int) -> torch.Tensor | None:
+    """What causal_attention works out of the offsets before it begins, and else does anew in every layer. Opaque.
+
+    offsets, longest: as there.  events: T.  Only one call at a time may use it. None where none is needed.
+    """
+    if not offsets.is_cuda or head_dim not in (64, 128) or not events or len(offsets) < 2:
+        return None
+    if torch.cuda.get_device_capability(offsets.device)[0] != 9:
+        return None
+    from model.kernels.causal_attention_gluon import choose_tiles, plan_tiles
+
+    return plan_tiles(offsets, events, longest, choose_tiles(head_dim).rows)
 
 
 def causal_attention_reference(

@@ -2,9 +2,9 @@
 
 Programs stay: each takes tiles of one history and head off a plan, those with the most keys first, until none is left.
 The fetching warpgroup runs ahead into the next tile, so that queries and keys are there when the others come to it.
-Each of these has 64 rows; they share the tile's blocks of keys, read from the newest back to the oldest: only the first
-is cut by the diagonal or by the history's end. TMA fetches what lies past that end (zeros past the tensor); its scores
-are masked and its values cleared, since 0 times NaN is NaN.
+Each of these has 64 rows; they share the tile's blocks of 64 keys, read from the newest back to the oldest: only the
+first is cut by the diagonal or by the history's end. TMA fetches what lies past that end (zeros past the tensor); its
+scores are masked and its values cleared, since 0 times NaN is NaN.
 
 Gluon has no interpreter: only a Hopper GPU runs this.
 
@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from model.kernels.crossing_attention_gluon import LOG2_E, _descriptor, _for_tma
 
 _ROWS: gl.constexpr = gl.constexpr(64)
+_KEYS: gl.constexpr = _ROWS  # so that a warpgroup's newest block holds its own rows
 # Names that Triton 3.6 and later versions do not share.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -36,16 +37,14 @@ _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 @dataclass(frozen=True, slots=True)
 class HopperCausalTiles:
-    """How work is cut. `keys` fixes the bits of a result, the others do not."""
+    """How work is cut. The bits of a result do not depend on it."""
 
-    keys: int
-    """Of a block: 64 or 128."""
     warpgroups: int
-    """Of 64 rows each, sharing a program's keys: 1 to 3."""
+    """Of 64 rows each, sharing a program's keys: 2 or 3."""
     stages: int
     """Blocks of keys, and as many of values, on their way at once."""
     programs_per_sm: int
-    is_overlapped: bool = True
+    is_overlapped: bool
     """Whether a block's scores are on their way while the shares of the block before it meet their values."""
 
     @property
@@ -61,30 +60,37 @@ class HopperCausalTiles:
 
 
 def choose_tiles(head_dim: int) -> HopperCausalTiles:
-    """Tiles for heads of 64 or 128 channels."""
+    """Tiles for heads of 64 or 128 channels: the fastest of nine and of four measured on an H200."""
     if head_dim == 64:
-        return HopperCausalTiles(keys=64, warpgroups=2, stages=4, programs_per_sm=2, is_overlapped=False)
-    return HopperCausalTiles(keys=128, warpgroups=2, stages=2, programs_per_sm=1)
+        return HopperCausalTiles(warpgroups=2, stages=4, programs_per_sm=2, is_overlapped=False)
+    return HopperCausalTiles(warpgroups=3, stages=4, programs_per_sm=1, is_overlapped=True)
 
 
 @torch.library.custom_op("hybrid_tower::causal_attention_hopper", mutates_args=())
 def causal_attention_hopper(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int,
+    plan: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     """As causal_attention. The caller has checked dtypes; a custom operator, so that compiled callers hold it whole."""
-    return launch(query, key, value, offsets, longest, choose_tiles(query.shape[-1]))
+    return launch(query, key, value, offsets, longest, choose_tiles(query.shape[-1]), plan)
 
 
 @causal_attention_hopper.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int,
+    plan: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     return query.new_empty(query.shape)
 
 
 def launch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int,
-    tiles: HopperCausalTiles,
+    tiles: HopperCausalTiles, plan: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The kernel on given tiles; rows may lie apart (slices of a projection), heads and channels not."""
+    """The kernel on given tiles; rows may lie apart (slices of a projection), heads and channels not.
+
+    plan: plan_tiles' for the tiles' rows, or None to make it here.
+    """
     query, key, value = (
         _for_tma(x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()) for x in (query, key, value)
     )
@@ -93,13 +99,14 @@ def launch(
     users = len(offsets) - 1
     if not events or not users:
         return out
-    plan = plan_tiles(offsets, events, longest, tiles.rows)
+    if plan is None:
+        plan = plan_tiles(offsets, events, longest, tiles.rows)
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     programs = min(processors * tiles.programs_per_sm, (len(plan) - 1) * heads)
     at_launch, registers = tiles.registers
     _causal_kernel[(programs,)](
-        _descriptor(query, 64), _descriptor(key, tiles.keys), _descriptor(value, tiles.keys), out, plan, heads,
-        channels**-0.5 * LOG2_E, D=channels, KEYS=tiles.keys, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups,
+        _descriptor(query, 64), _descriptor(key, 64), _descriptor(value, 64), out, plan, heads,
+        channels**-0.5 * LOG2_E, D=channels, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups,
         REGISTERS=registers, IS_OVERLAPPED=tiles.is_overlapped, num_warps=4, maxnreg=at_launch,
     )  # fmt: skip
     return out
@@ -108,8 +115,9 @@ def launch(
 def plan_tiles(offsets: torch.Tensor, events: int, longest: int, rows: int) -> torch.Tensor:
     """Tiles of all histories, those with the most keys first: i32 [1 + slots, 4].
 
-    Row 0: how many there are, and how many were taken (none). Then of each tile: its first row among all, that row's
-    position in its history, the history's rows from there on, and nothing. Rows behind the last tile hold anything.
+    Row 0: how many there are, and how many were taken: none before and after a launch, so that one plan serves many,
+    one after the other. Then of each tile: its first row among all, that row's position in its history, the history's
+    rows from there on, and nothing. Rows behind the last tile hold anything.
     """
     users = len(offsets) - 1
     plan = offsets.new_empty(1 + events // rows + users, 4)
@@ -148,7 +156,7 @@ def _plan_kernel(offsets, plan, users, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 @gluon.jit
 def _fetch(
     query_desc, key_desc, value_desc, plan, heads, buffers, barriers,
-    D: gl.constexpr, KEYS: gl.constexpr, WARPGROUPS: gl.constexpr,
+    D: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
     """The fetching warpgroup: takes items, tells the others of them, then queries, keys and values as room is made."""
     query_tiles, key_tiles, value_tiles, items = buffers
@@ -176,9 +184,9 @@ def _fetch(
         mbarrier.expect(query_full, WARPGROUPS * query_desc.block_type.nbytes)
         for w in gl.static_range(WARPGROUPS):
             _tma_load(query_desc, [row + w * _ROWS, head * D], query_full, query_tiles.index(w))
-        blocks = (first + gl.minimum(left, WARPGROUPS * _ROWS) + KEYS - 1) // KEYS
+        blocks = (first + gl.minimum(left, WARPGROUPS * _ROWS) + _KEYS - 1) // _KEYS
         for i in range(blocks):
-            key_at = row - first + (blocks - 1 - i) * KEYS
+            key_at = row - first + (blocks - 1 - i) * _KEYS
             stage = turn % STAGES
             phase = (turn // STAGES) & 1
             mbarrier.wait(key_free.index(stage), phase ^ 1)
@@ -189,7 +197,10 @@ def _fetch(
             _tma_load(value_desc, [key_at, head * D], value_full.index(stage), value_tiles.index(stage))
             turn += 1
         taken += 1
-        item = gl.num_programs(0) + gl.atomic_add(plan + 1, 1, sem="relaxed")
+        ticket = gl.atomic_add(plan + 1, 1, sem="relaxed")
+        if ticket == count - 1:  # the last of all: one was drawn behind every item
+            gl.store(plan + 1, 0)
+        item = gl.num_programs(0) + ticket
     mbarrier.wait(item_free.index(taken & 1), (taken >> 1) & 1 ^ 1)
     items.index(taken & 1).store(gl.full([4], -1, gl.int32, FOUR))
     _barrier()
@@ -210,12 +221,12 @@ def _look(items, taken):
 
 
 @gluon.jit
-def _clear_past(tile, limit, KEYS: gl.constexpr, D: gl.constexpr):
+def _clear_past(tile, limit, D: gl.constexpr):
     """Zeros in the rows of a block of values from `limit` on. Several warpgroups may do it at once."""
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     PART: gl.constexpr = 1024 // D
     row = gl.arange(0, PART, gl.SliceLayout(1, WIDE))
-    for start in gl.static_range(0, KEYS, PART):
+    for start in gl.static_range(0, _KEYS, PART):
         if limit < start + PART:
             part = tile.slice(start, PART)
             value = part.load(WIDE)
@@ -225,50 +236,49 @@ def _clear_past(tile, limit, KEYS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _mask(score, diagonal, KEYS: gl.constexpr):
-    """Row m keeps columns up to m + diagonal. Column 8 a + 2 b + c: b is a thread's, a and c are a register's, so that
-    a thread compares constants with one number a row and holds no others through the loops."""
-    split = score.reshape([_ROWS, KEYS // 8, 4, 2])
+def _mask(score):
+    """Row m keeps columns up to m. Column 8 a + 2 b + c: b is a thread's, a and c are a register's, so that a thread
+    compares constants with one number a row and holds no others through the loops."""
+    split = score.reshape([_ROWS, _KEYS // 8, 4, 2])
     SPLIT: gl.constexpr = split.type.layout
     row_M = gl.arange(0, _ROWS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, SPLIT))))
-    a = gl.arange(0, KEYS // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, SPLIT))))
+    a = gl.arange(0, _KEYS // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, SPLIT))))
     b = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, SPLIT))))
     c = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, SPLIT))))
-    room = (row_M + diagonal)[:, None, None, None] - (2 * b)[None, None, :, None]
+    room = row_M[:, None, None, None] - (2 * b)[None, None, :, None]
     split = gl.where((8 * a)[None, :, None, None] + c[None, None, None, :] <= room, split, float("-inf"))
-    return gl.convert_layout(split.reshape([_ROWS, KEYS]), score.type.layout, assert_trivial=True)
+    return gl.convert_layout(split.reshape([_ROWS, _KEYS]), score.type.layout, assert_trivial=True)
 
 
 @gluon.jit
-def _largest_of_row(score, KEYS: gl.constexpr):
+def _largest_of_row(score):
     """[M]: of the columns that one thread holds in pairs of pairs, so that no comparison waits for all before it."""
-    return gl.max(gl.max(gl.max(gl.max(score.reshape([_ROWS, KEYS // 32, 4, 4, 2]), 4), 2), 1), 1)
+    return gl.max(gl.max(gl.max(gl.max(score.reshape([_ROWS, _KEYS // 32, 4, 4, 2]), 4), 2), 1), 1)
 
 
 @gluon.jit
-def _sum_of_thread(share, KEYS: gl.constexpr):
+def _sum_of_thread(share):
     """[M, 4] sums of the columns that one thread holds; four threads have a row."""
-    return gl.sum(gl.sum(gl.sum(share.reshape([_ROWS, KEYS // 32, 4, 4, 2]), 4), 2), 1)
+    return gl.sum(gl.sum(gl.sum(share.reshape([_ROWS, _KEYS // 32, 4, 4, 2]), 4), 2), 1)
 
 
 @gluon.jit
 def _read(
-    query_tile, key_tiles, value_tiles, barriers, turn, blocks, diagonal, limit, scale_log2,
-    KEYS: gl.constexpr, D: gl.constexpr, IS_OVERLAPPED: gl.constexpr,
+    query_tile, key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
+    D: gl.constexpr, IS_OVERLAPPED: gl.constexpr,
 ):  # fmt: skip
     """Shares times values and the shares' sums of 64 rows over blocks, newest first, and the next turn.
 
-    Of the newest block row m sees keys up to m + diagonal, and `limit` keys are the history's. The scores of a block
-    are on their way while the shares of the block before it meet their values.
+    Of the newest block row m sees keys up to m, and `limit` keys are the history's.
     """
     _, query_free, key_full, key_free, value_full, value_free, _, _ = barriers
     STAGES: gl.constexpr = key_tiles.type.shape[0]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _KEYS, 16])
     READ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     SHARES: gl.constexpr = gl.DotOperandLayout(0, READ, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, READ)
     dtype: gl.constexpr = key_tiles.dtype
-    nothing = gl.zeros([_ROWS, KEYS], gl.float32, SCORES)
+    nothing = gl.zeros([_ROWS, _KEYS], gl.float32, SCORES)
     read = gl.zeros([_ROWS, D], gl.float32, READ)
 
     stage = turn % STAGES
@@ -277,13 +287,13 @@ def _read(
     score = warpgroup_mma(query_tile, key_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
     score = warpgroup_mma_wait(0, deps=[score])
     mbarrier.arrive(key_free.index(stage), count=1)
-    if limit < KEYS:
+    if limit < _KEYS:
         mbarrier.wait(value_full.index(stage), phase)
-        _clear_past(value_tiles.index(stage), limit, KEYS, D)
-    score = _mask(score, diagonal, KEYS)
-    largest = _largest_of_row(score, KEYS) * scale_log2
+        _clear_past(value_tiles.index(stage), limit, D)
+    score = _mask(score)
+    largest = _largest_of_row(score) * scale_log2
     share = gl.exp2(gl.fma(score, scale_log2, -gl.convert_layout(largest, gl.SliceLayout(1, SCORES))[:, None]))
-    total = _sum_of_thread(share, KEYS)
+    total = _sum_of_thread(share)
     THREAD: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     operand = gl.convert_layout(share.to(dtype), SHARES)
     for _block in range(1, blocks):
@@ -306,7 +316,7 @@ def _read(
             score = warpgroup_mma_wait(0, deps=[score])
         mbarrier.arrive(key_free.index(next_stage), count=1)
         # Softmax as it goes (Milakov and Gimelshein 2018).
-        new_largest = gl.maximum(largest, _largest_of_row(score, KEYS) * scale_log2)
+        new_largest = gl.maximum(largest, _largest_of_row(score) * scale_log2)
         shrink = gl.exp2(largest - new_largest)
         largest = new_largest
         if IS_OVERLAPPED:
@@ -315,7 +325,7 @@ def _read(
             read = warpgroup_mma_wait(0, deps=[read])
             mbarrier.arrive(value_free.index(stage), count=1)
         share = gl.exp2(gl.fma(score, scale_log2, -gl.convert_layout(largest, gl.SliceLayout(1, SCORES))[:, None]))
-        total = gl.fma(total, gl.convert_layout(shrink, THREAD)[:, None], _sum_of_thread(share, KEYS))
+        total = gl.fma(total, gl.convert_layout(shrink, THREAD)[:, None], _sum_of_thread(share))
         read = read * gl.convert_layout(shrink, ROW)[:, None]
         operand = gl.convert_layout(share.to(dtype), SHARES)
         turn += 1
@@ -331,7 +341,7 @@ def _read(
 
 @gluon.jit
 def _attend(
-    shared, w: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, WARPGROUPS: gl.constexpr, IS_OVERLAPPED: gl.constexpr
+    shared, w: gl.constexpr, D: gl.constexpr, WARPGROUPS: gl.constexpr, IS_OVERLAPPED: gl.constexpr
 ):  # fmt: skip
     """Warpgroup w: its 64 rows of one tile after the other."""
     out, heads, buffers, barriers, scale_log2 = shared
@@ -344,11 +354,10 @@ def _attend(
     mbarrier.wait(item_full.index(0), 0)
     row, first, left, head = _look(items, taken)
     while head >= 0:
-        own = first + w * _ROWS  # where this warpgroup's rows begin in the history
-        own_left = left - w * _ROWS
-        blocks = gl.where(own_left > 0, (own + gl.minimum(own_left, _ROWS) + KEYS - 1) // KEYS, 0)
+        own_left = left - w * _ROWS  # the history's rows from this warpgroup's first on
+        blocks = gl.where(own_left > 0, first // _KEYS + w + 1, 0)
         # Blocks for warpgroups with later rows: only handed on.
-        for _block in range((first + gl.minimum(left, WARPGROUPS * _ROWS) + KEYS - 1) // KEYS - blocks):
+        for _block in range((first + gl.minimum(left, WARPGROUPS * _ROWS) + _KEYS - 1) // _KEYS - blocks):
             stage = turn % STAGES
             phase = (turn // STAGES) & 1
             mbarrier.wait(key_full.index(stage), phase)
@@ -358,10 +367,9 @@ def _attend(
             turn += 1
         mbarrier.wait(query_full, taken & 1)
         if blocks > 0:
-            newest = (blocks - 1) * KEYS
             read, total, turn = _read(
-                query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, own - newest,
-                own + own_left - newest, scale_log2, KEYS, D, IS_OVERLAPPED,
+                query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, own_left, scale_log2, D,
+                IS_OVERLAPPED,
             )  # fmt: skip
             # Looked up again, so that the loop need not keep them.
             row, _, left, head = _look(items, taken)
@@ -381,15 +389,15 @@ def _attend(
 @gluon.jit
 def _causal_kernel(
     query_desc, key_desc, value_desc, out, plan, heads, scale_log2,
-    D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, REGISTERS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, REGISTERS: gl.constexpr,
     IS_OVERLAPPED: gl.constexpr,
 ):  # fmt: skip
     """Tiles off the plan until none is left."""
     dtype: gl.constexpr = query_desc.dtype
     buffers = (
         gl.allocate_shared_memory(dtype, [WARPGROUPS, _ROWS, D], query_desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], key_desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], value_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, _KEYS, D], key_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, _KEYS, D], value_desc.layout),
         gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )
     query_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -412,21 +420,12 @@ def _causal_kernel(
         mbarrier.init(item_free.index(i), count=WARPGROUPS)
     barriers = (query_full, query_free, key_full, key_free, value_full, value_free, item_full, item_free)
     shared = (out, heads, buffers, barriers, scale_log2)
-    if WARPGROUPS == 1:
+    if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_fetch, (query_desc, key_desc, value_desc, plan, heads, buffers, barriers, D, KEYS, WARPGROUPS)),
-                (_attend, (shared, 0, D, KEYS, WARPGROUPS, IS_OVERLAPPED)),
-            ],
-            [4],
-            [REGISTERS],
-        )
-    elif WARPGROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_fetch, (query_desc, key_desc, value_desc, plan, heads, buffers, barriers, D, KEYS, WARPGROUPS)),
-                (_attend, (shared, 0, D, KEYS, WARPGROUPS, IS_OVERLAPPED)),
-                (_attend, (shared, 1, D, KEYS, WARPGROUPS, IS_OVERLAPPED)),
+                (_fetch, (query_desc, key_desc, value_desc, plan, heads, buffers, barriers, D, WARPGROUPS)),
+                (_attend, (shared, 0, D, WARPGROUPS, IS_OVERLAPPED)),
+                (_attend, (shared, 1, D, WARPGROUPS, IS_OVERLAPPED)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -434,10 +433,10 @@ def _causal_kernel(
     else:
         gl.warp_specialize(
             [
-                (_fetch, (query_desc, key_desc, value_desc, plan, heads, buffers, barriers, D, KEYS, WARPGROUPS)),
-                (_attend, (shared, 0, D, KEYS, WARPGROUPS, IS_OVERLAPPED)),
-                (_attend, (shared, 1, D, KEYS, WARPGROUPS, IS_OVERLAPPED)),
-                (_attend, (shared, 2, D, KEYS, WARPGROUPS, IS_OVERLAPPED)),
+                (_fetch, (query_desc, key_desc, value_desc, plan, heads, buffers, barriers, D, WARPGROUPS)),
+                (_attend, (shared, 0, D, WARPGROUPS, IS_OVERLAPPED)),
+                (_attend, (shared, 1, D, WARPGROUPS, IS_OVERLAPPED)),
+                (_attend, (shared, 2, D, WARPGROUPS, IS_OVERLAPPED)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],

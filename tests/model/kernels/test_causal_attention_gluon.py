@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
-from model.kernels.causal_attention import causal_attention, causal_attention_reference
+from model.encoder import Packing
+from model.kernels.causal_attention import causal_attention, causal_attention_reference, plan_causal
 from model.kernels.causal_attention_gluon import HopperCausalTiles, choose_tiles, launch, plan_tiles
 from model.kernels.crossing_attention_gluon import is_hopper
 
@@ -68,11 +69,10 @@ def test_it_matches_float64(lengths: Sequence[int], head_dim: int, dtype: torch.
 
 @needs_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("keys", [64, 128])
-def test_a_user_has_the_same_bits_in_any_company(keys: int, head_dim: int) -> None:
+def test_a_user_has_the_same_bits_in_any_company(head_dim: int) -> None:
     """Also beside NaN in other users and behind the last, and however many warpgroups share keys."""
-    tiles = HopperCausalTiles(keys, 2, 2, 1)
-    others = tiles, HopperCausalTiles(keys, 1, 2, 1), HopperCausalTiles(keys, 2, 1, 1, is_overlapped=False)
+    tiles = choose_tiles(head_dim)
+    others = tiles, HopperCausalTiles(2, 1, 1, is_overlapped=False), HopperCausalTiles(3, 2, 1, is_overlapped=True)
     offsets, longest = starts(RAGGED), max(RAGGED)
     query, key, value = draw(sum(RAGGED) + 100, 2, head_dim, torch.bfloat16)
     company = launch(query, key, value, offsets, longest, tiles)
@@ -87,6 +87,42 @@ def test_a_user_has_the_same_bits_in_any_company(keys: int, head_dim: int) -> No
         for other in others:
             alone = launch(query[begin:end], key[begin:end], value[begin:end], starts([end - begin]), 2048, other)
             assert torch.equal(alone, company[begin:end])
+
+
+def test_no_plan_where_none_is_needed() -> None:
+    offsets = torch.tensor([0, 3], dtype=torch.int32)
+    assert plan_causal(offsets, 3, 3, 64) is None
+    assert plan_causal(offsets.to(DEVICE), 3, 3, 32) is None
+    assert plan_causal(offsets[:1].to(DEVICE), 0, 0, 64) is None
+    assert Packing.of(offsets.long(), 64, torch.zeros(3, dtype=torch.int64)).plan is None
+
+
+@needs_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_plan_serves_every_layer(head_dim: int) -> None:
+    """Of few items and of many: each launch leaves the plan as it found it."""
+    for lengths in ([5], RAGGED, [700] * 40):
+        offsets, longest, events = starts(lengths), max(lengths), sum(lengths)
+        query, key, value = draw(events, 3, head_dim, torch.bfloat16)
+        plan = plan_causal(offsets, events, longest, head_dim)
+        assert plan is not None
+        with torch.inference_mode():
+            alone = causal_attention(query, key, value, offsets, longest)
+            for layer in (query, value, query):
+                found = causal_attention(layer, key, value, offsets, longest, plan)
+                assert plan[0, 1].item() == 0
+        assert torch.equal(found, alone)
+
+
+@needs_hopper
+def test_a_packing_brings_the_plan_of_its_histories() -> None:
+    time_us_T = torch.zeros(sum(RAGGED), dtype=torch.int64, device=DEVICE)
+    packing = Packing.of(starts(RAGGED).cpu().long(), 64, time_us_T)
+    expected = plan_causal(packing.offsets, sum(RAGGED), max(RAGGED), 64)
+    assert packing.plan is not None
+    assert expected is not None
+    tiles = int(expected[0, 0])
+    assert torch.equal(packing.plan[: tiles + 1, :2], expected[: tiles + 1, :2])
 
 
 @needs_hopper
