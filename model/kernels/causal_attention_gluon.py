@@ -63,7 +63,7 @@ def choose_tiles(head_dim: int) -> HopperCausalTiles:
     """Tiles for heads of 64 or 128 channels: the fastest of nine and of four measured on an H200."""
     if head_dim == 64:
         return HopperCausalTiles(warpgroups=2, stages=4, programs_per_sm=2, is_overlapped=False)
-    return HopperCausalTiles(warpgroups=3, stages=4, programs_per_sm=1, is_overlapped=True)
+    return HopperCausalTiles(warpgroups=3, stages=3, programs_per_sm=1, is_overlapped=True)
 
 
 @torch.library.custom_op("hybrid_tower::causal_attention_hopper", mutates_args=())
@@ -160,7 +160,7 @@ def _fetch(
 ):  # fmt: skip
     """The fetching warpgroup: takes items, tells the others of them, then queries, keys and values as room is made."""
     query_tiles, key_tiles, value_tiles, items = buffers
-    query_full, query_free, key_full, key_free, value_full, value_free, item_full, item_free = barriers
+    query_full, query_free, key_full, value_full, free, item_full, item_free = barriers
     STAGES: gl.constexpr = key_tiles.type.shape[0]
     FOUR: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     field = gl.arange(0, 4, FOUR)
@@ -180,19 +180,20 @@ def _fetch(
         )
         _barrier()
         mbarrier.arrive(item_full.index(taken & 1), count=1)
-        mbarrier.wait(query_free, taken & 1 ^ 1)
-        mbarrier.expect(query_full, WARPGROUPS * query_desc.block_type.nbytes)
+        mbarrier.wait(query_free.index(taken & 1), (taken >> 1) & 1 ^ 1)
+        query_came = query_full.index(taken & 1)
+        mbarrier.expect(query_came, WARPGROUPS * query_desc.block_type.nbytes)
         for w in gl.static_range(WARPGROUPS):
-            _tma_load(query_desc, [row + w * _ROWS, head * D], query_full, query_tiles.index(w))
+            query_tile = query_tiles.index((taken & 1) * WARPGROUPS + w)
+            _tma_load(query_desc, [row + w * _ROWS, head * D], query_came, query_tile)
         blocks = (first + gl.minimum(left, WARPGROUPS * _ROWS) + _KEYS - 1) // _KEYS
         for i in range(blocks):
             key_at = row - first + (blocks - 1 - i) * _KEYS
             stage = turn % STAGES
             phase = (turn // STAGES) & 1
-            mbarrier.wait(key_free.index(stage), phase ^ 1)
+            mbarrier.wait(free.index(stage), phase ^ 1)
             mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
             _tma_load(key_desc, [key_at, head * D], key_full.index(stage), key_tiles.index(stage))
-            mbarrier.wait(value_free.index(stage), phase ^ 1)
             mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
             _tma_load(value_desc, [key_at, head * D], value_full.index(stage), value_tiles.index(stage))
             turn += 1
@@ -264,14 +265,14 @@ def _sum_of_thread(share):
 
 @gluon.jit
 def _read(
-    query_tile, key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
+    query_tile, query_free, key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
     D: gl.constexpr, IS_OVERLAPPED: gl.constexpr,
 ):  # fmt: skip
     """Shares times values and the shares' sums of 64 rows over blocks, newest first, and the next turn.
 
     Of the newest block row m sees keys up to m, and `limit` keys are the history's.
     """
-    _, query_free, key_full, key_free, value_full, value_free, _, _ = barriers
+    _, _, key_full, value_full, free, _, _ = barriers
     STAGES: gl.constexpr = key_tiles.type.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _KEYS, 16])
     READ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -286,7 +287,6 @@ def _read(
     mbarrier.wait(key_full.index(stage), phase)
     score = warpgroup_mma(query_tile, key_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
     score = warpgroup_mma_wait(0, deps=[score])
-    mbarrier.arrive(key_free.index(stage), count=1)
     if limit < _KEYS:
         mbarrier.wait(value_full.index(stage), phase)
         _clear_past(value_tiles.index(stage), limit, D)
@@ -303,7 +303,7 @@ def _read(
             mbarrier.wait(value_full.index(stage), phase)
             read = warpgroup_mma(operand, value_tiles.index(stage), read, is_async=True)
             read = warpgroup_mma_wait(0, deps=[read])
-            mbarrier.arrive(value_free.index(stage), count=1)
+            mbarrier.arrive(free.index(stage), count=1)
         mbarrier.wait(key_full.index(next_stage), next_phase)
         score = warpgroup_mma(
             query_tile, key_tiles.index(next_stage).permute((1, 0)), nothing, use_acc=False, is_async=True
@@ -314,7 +314,6 @@ def _read(
             score = warpgroup_mma_wait(1, deps=[score])
         else:
             score = warpgroup_mma_wait(0, deps=[score])
-        mbarrier.arrive(key_free.index(next_stage), count=1)
         # Softmax as it goes (Milakov and Gimelshein 2018).
         new_largest = gl.maximum(largest, _largest_of_row(score) * scale_log2)
         shrink = gl.exp2(largest - new_largest)
@@ -323,7 +322,7 @@ def _read(
             # The values have come long ago. ptxas moves no work past a wait: the row maximum stays beside the product.
             mbarrier.wait(value_full.index(stage), phase)
             read = warpgroup_mma_wait(0, deps=[read])
-            mbarrier.arrive(value_free.index(stage), count=1)
+            mbarrier.arrive(free.index(stage), count=1)
         share = gl.exp2(gl.fma(score, scale_log2, -gl.convert_layout(largest, gl.SliceLayout(1, SCORES))[:, None]))
         total = gl.fma(total, gl.convert_layout(shrink, THREAD)[:, None], _sum_of_thread(share))
         read = read * gl.convert_layout(shrink, ROW)[:, None]
@@ -335,7 +334,7 @@ def _read(
     mbarrier.wait(value_full.index(stage), phase)
     read = warpgroup_mma(operand, value_tiles.index(stage), read, is_async=True)
     read = warpgroup_mma_wait(0, deps=[read])
-    mbarrier.arrive(value_free.index(stage), count=1)
+    mbarrier.arrive(free.index(stage), count=1)
     return read, gl.convert_layout(gl.sum(total, 1), ROW), turn + 1
 
 
@@ -346,7 +345,7 @@ def _attend(
     """Warpgroup w: its 64 rows of one tile after the other."""
     out, heads, buffers, barriers, scale_log2 = shared
     query_tiles, key_tiles, value_tiles, items = buffers
-    query_full, query_free, key_full, key_free, value_full, value_free, item_full, item_free = barriers
+    query_full, query_free, key_full, value_full, free, item_full, item_free = barriers
     STAGES: gl.constexpr = key_tiles.type.shape[0]
     READ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     taken = 0
@@ -361,15 +360,14 @@ def _attend(
             stage = turn % STAGES
             phase = (turn // STAGES) & 1
             mbarrier.wait(key_full.index(stage), phase)
-            mbarrier.arrive(key_free.index(stage), count=1)
             mbarrier.wait(value_full.index(stage), phase)
-            mbarrier.arrive(value_free.index(stage), count=1)
+            mbarrier.arrive(free.index(stage), count=1)
             turn += 1
-        mbarrier.wait(query_full, taken & 1)
+        mbarrier.wait(query_full.index(taken & 1), (taken >> 1) & 1)
         if blocks > 0:
             read, total, turn = _read(
-                query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, own_left, scale_log2, D,
-                IS_OVERLAPPED,
+                query_tiles.index((taken & 1) * WARPGROUPS + w), query_free.index(taken & 1), key_tiles, value_tiles,
+                barriers, turn, blocks, own_left, scale_log2, D, IS_OVERLAPPED,
             )  # fmt: skip
             # Looked up again, so that the loop need not keep them.
             row, _, left, head = _look(items, taken)
@@ -379,7 +377,7 @@ def _attend(
             result = (read * (1 / total)[:, None]).to(out.dtype.element_ty)
             gl.store(out + at_M[:, None] * D + channel_d[None, :], result, (row_M < left)[:, None])
         else:
-            mbarrier.arrive(query_free, count=1)
+            mbarrier.arrive(query_free.index(taken & 1), count=1)
         mbarrier.arrive(item_free.index(taken & 1), count=1)
         taken += 1
         mbarrier.wait(item_full.index(taken & 1), (taken >> 1) & 1)
@@ -395,30 +393,29 @@ def _causal_kernel(
     """Tiles off the plan until none is left."""
     dtype: gl.constexpr = query_desc.dtype
     buffers = (
-        gl.allocate_shared_memory(dtype, [WARPGROUPS, _ROWS, D], query_desc.layout),
+        # Of two items: the next one's come while this one's are read.
+        gl.allocate_shared_memory(dtype, [2 * WARPGROUPS, _ROWS, D], query_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, _KEYS, D], key_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, _KEYS, D], value_desc.layout),
         gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )
-    query_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    query_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    query_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    query_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     item_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     item_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(query_full, count=1)
-    mbarrier.init(query_free, count=WARPGROUPS)
     for stage in gl.static_range(STAGES):
         mbarrier.init(key_full.index(stage), count=1)
-        mbarrier.init(key_free.index(stage), count=WARPGROUPS)
         mbarrier.init(value_full.index(stage), count=1)
-        mbarrier.init(value_free.index(stage), count=WARPGROUPS)
+        mbarrier.init(free.index(stage), count=WARPGROUPS)
     for i in gl.static_range(2):
+        mbarrier.init(query_full.index(i), count=1)
+        mbarrier.init(query_free.index(i), count=WARPGROUPS)
         mbarrier.init(item_full.index(i), count=1)
         mbarrier.init(item_free.index(i), count=WARPGROUPS)
-    barriers = (query_full, query_free, key_full, key_free, value_full, value_free, item_full, item_free)
+    barriers = (query_full, query_free, key_full, value_full, free, item_full, item_free)
     shared = (out, heads, buffers, barriers, scale_log2)
     if WARPGROUPS == 2:
         gl.warp_specialize(
