@@ -37,7 +37,7 @@ from model.encoder import Block, Encoder, Packing
 from model.features import GAP_BUCKETS, EventFeatures, Vocabularies
 from model.hybrid_tower import HybridTower
 from model.kernels.packed_block import Head, Tail, between, between_products, between_reference
-from model.packed_encoder import BATCH_TOKENS, PackedEncoder, plan_batches
+from model.packed_encoder import PackedEncoder, choose_batch_tokens, plan_batches
 
 THEME = "dcat"
 BUCKET_TOKENS = 131_072
@@ -238,7 +238,7 @@ def compare(
     picked = [0, int(length_U.argmax()), int(length_U.argmin()), users - 1]
     exact = exact_states(encoder, events, picked)
     rivals = Rivals(encoder, events, device, size, longest)
-    ours = PackedEncoder(copy.deepcopy(encoder).to(device), batch_tokens=2 * longest if is_quick else BATCH_TOKENS)
+    ours = PackedEncoder(copy.deepcopy(encoder).to(device), batch_tokens=2 * longest if is_quick else None)
     features = events.to(device)
     floor = size.floor_ms(length_U)
     print(f"{size.name}: {users} users, {int(length_U.sum())} events, floor {floor:.2f} ms", flush=True)
@@ -326,11 +326,12 @@ def block_pieces(size: Size, encoder: Encoder, device: torch.device) -> None:
     products."""
     block = next(block for block in encoder.blocks if isinstance(block, Block))
     tail, head = Tail.of(block, torch.bfloat16), Head.of(block, torch.bfloat16)
-    event_TD, attended_TD = torch.randn(2, BATCH_TOKENS, size.width, device=device).bfloat16()
+    tokens = choose_batch_tokens(size.width)
+    event_TD, attended_TD = torch.randn(2, tokens, size.width, device=device).bfloat16()
     angle_Ld = rotary_angles(torch.arange(LONGEST), size.width // size.heads).to(device)
-    position_T = (torch.arange(BATCH_TOKENS, device=device) % LONGEST).int()
+    position_T = (torch.arange(tokens, device=device) % LONGEST).int()
     rest = attended_TD, tail, head, position_T, angle_Ld.cos(), angle_Ld.sin()
-    flops = 24 * size.width**2 * BATCH_TOKENS
+    flops = 24 * size.width**2 * tokens
 
     def both(of: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
         stream_TD, projected = of(event_TD.clone(), *rest)

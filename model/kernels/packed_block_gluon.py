@@ -2,7 +2,8 @@
 
 Each multiplying warpgroup has 64 tokens of its own, which stay in shared memory, normed, while the weights of a whole
 layer stream past in blocks that both warpgroups read. They share no barrier but those of the blocks, so one norms,
-takes GELU, turns or stores while the other multiplies.
+takes GELU, turns or stores while the other multiplies. All three go over the same tiles: those that hold one of the
+first `count` tokens, which is read before they part.
 
 At 256 channels one kernel does all of it: the residual stream stays in registers from the output projection to the next
 block's norm, and the hidden part never leaves them. At 512 channels it does not fit; there a kernel takes norm and
@@ -78,13 +79,12 @@ def normed_product(
     epsilon: float,
     turn_by: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     count: torch.Tensor | None = None,
-    by_columns: bool = True,
 ) -> torch.Tensor:
     """The layer norm (without weight and bias) of event + lacking, times weight^T, plus bias: [T, N].
 
     Of what comes out GELU is taken, or, given positions with cos and sin, its first two thirds are turned.
     event: bf16 or f16 [T, D], D of 256 or 512.  lacking: f32 [D].  weight: [N, D], N a multiple of 128.  count: as in
-    between.  by_columns: warpgroups take turns at the columns, all 128 rows each; otherwise each has 64 rows.
+    between.
     """
     (tokens, width), columns = event.shape, len(weight)
     out = event.new_empty(tokens, columns)
@@ -95,17 +95,15 @@ def normed_product(
             _descriptor(event, 64, summed), _descriptor(weight, 128, summed), _descriptor(out, 64, 128),
             lacking, bias, position, cos, sin, count, tokens, epsilon,
             D=width, COLUMNS=columns, HALF=cos.shape[-1], STAGES=4,
-            IS_TURNED=turn_by is not None, BY_COLUMNS=by_columns, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
+            IS_TURNED=turn_by is not None, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
         )  # fmt: skip
     return out
 
 
 def _fused(
     event: torch.Tensor, attended: torch.Tensor, tail: Tail, head: Head | None, position: torch.Tensor,
-    cos: torch.Tensor, sin: torch.Tensor, count: torch.Tensor | None, order: int = 1,
+    cos: torch.Tensor, sin: torch.Tensor, count: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """order: warpgroups take turns at multiplying, one beginning when the other has issued (1) or ended (2) its
-    products; 0: each as its weights come."""
     tokens, width = event.shape
     qkv = None if head is None else event.new_empty(tokens, 3 * width)
     # What there is no head for is not read: anything of the right kind stands for it.
@@ -121,7 +119,7 @@ def _fused(
             *(_descriptor(x, 128, 128) for x in (tail.out_DD, tail.ffn_in_FD, tail.ffn_out_DF, qkv_weight)),
             tail.lacking_D, tail.ffn_in_bias_F, head_lacking, qkv_bias, position, cos, sin, count, tokens,
             tail.epsilon, head_epsilon, HIDDEN=len(tail.ffn_in_FD), HALF=cos.shape[1], STAGES=4,
-            HAS_HEAD=head is not None, ORDER=order, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
+            HAS_HEAD=head is not None, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
         )  # fmt: skip
     return event, None if head is None or qkv is None else qkv.view(tokens, 3, head.num_heads, 2 * cos.shape[1])
 
@@ -191,26 +189,9 @@ def _put(desc, row, column, blocks, full, free, turn):
 
 
 @gluon.jit
-def _begin(order, turn, w: gl.constexpr, COUNT: gl.constexpr, ORDER: gl.constexpr):
-    """Wait for this warpgroup's turn to multiply by COUNT blocks; the first warpgroup begins."""
-    if ORDER > 0:
-        mbarrier.wait(order.index(w), (turn // COUNT & 1) ^ (1 - w))
-
-
-@gluon.jit
-def _pass_on(order, w: gl.constexpr, IS_NOW: gl.constexpr):
-    """The turn to the other warpgroup."""
-    if IS_NOW:
-        mbarrier.arrive(order.index(1 - w), count=1)
-
-
-@gluon.jit
-def _multiply(
-    rows, first, blocks, full, free, order, turn, sum_MN, w: gl.constexpr, COUNT: gl.constexpr, ORDER: gl.constexpr
-):
+def _multiply(rows, first, blocks, full, free, turn, sum_MN, COUNT: gl.constexpr):
     """sum_MN + rows[first + k] times the next block, for k up to COUNT; the next turn."""
     STAGES: gl.constexpr = blocks.type.shape[0]
-    _begin(order, turn, w, COUNT, ORDER)
     for k in gl.static_range(COUNT):
         mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
         sum_MN = warpgroup_mma(
@@ -220,9 +201,7 @@ def _multiply(
             sum_MN = warpgroup_mma_wait(1, deps=[sum_MN])
             mbarrier.arrive(free.index((turn - 1) % STAGES), count=1)
         turn += 1
-    _pass_on(order, w, ORDER == 1)
     sum_MN = warpgroup_mma_wait(0, deps=[sum_MN])
-    _pass_on(order, w, ORDER == 2)
     mbarrier.arrive(free.index((turn - 1) % STAGES), count=1)
     return sum_MN, turn
 
@@ -302,7 +281,7 @@ def _fetch_rows(desc, w: gl.constexpr, row, rows, full, COUNT: gl.constexpr):
 @gluon.jit
 def _product_producer(event_desc, weight_desc, buffers, barriers, tokens, D: gl.constexpr, COLUMNS: gl.constexpr):
     rows, blocks, _ = buffers
-    row_full, row_free, full, free, _ = barriers
+    row_full, row_free, full, free = barriers
     K: gl.constexpr = blocks.type.shape[2]
     turn = 0
     for tile in range(gl.program_id(0), gl.cdiv(tokens, 2 * _ROWS), gl.num_programs(0)):
@@ -321,7 +300,7 @@ def _product_consumer(
     w: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, HALF: gl.constexpr, IS_TURNED: gl.constexpr,
 ):  # fmt: skip
     rows, blocks, places = buffers
-    row_full, row_free, full, free, order = barriers
+    row_full, row_free, full, free = barriers
     COUNT: gl.constexpr = D // blocks.type.shape[2]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _WIDE, 16])
     PAIRS: gl.constexpr = _pairs(gl.zeros([_ROWS, _WIDE], gl.float32, LAYOUT))[0].type.layout
@@ -335,132 +314,36 @@ def _product_consumer(
             cos_MC, sin_MC = _angles(position, cos, sin, row_M, tokens, HALF, PAIRS)
             for start in range(0, COLUMNS // 3 * 2, _WIDE):
                 read_MN = _broadcast(bias, start, LAYOUT)
-                read_MN, turn = _multiply(rows, w * COUNT, blocks, full, free, order, turn, read_MN, w, COUNT, 0)
+                read_MN, turn = _multiply(rows, w * COUNT, blocks, full, free, turn, read_MN, COUNT)
                 _send(_turn(read_MN, cos_MC, sin_MC), places.index(w), out_desc, row, start)
         for start in range(COLUMNS // 3 * 2 if IS_TURNED else 0, COLUMNS, _WIDE):
             read_MN = _broadcast(bias, start, LAYOUT)
-            read_MN, turn = _multiply(rows, w * COUNT, blocks, full, free, order, turn, read_MN, w, COUNT, 0)
+            read_MN, turn = _multiply(rows, w * COUNT, blocks, full, free, turn, read_MN, COUNT)
             _send(read_MN if IS_TURNED else _gelu(read_MN), places.index(w), out_desc, row, start)
         mbarrier.arrive(row_free.index(w), count=1)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _column_multiply(rows, blocks, full, free, turn, LAYOUT: gl.constexpr, COUNT: gl.constexpr):
-    """Both halves of the rows times the same COUNT blocks, the first of them the turn's."""
-    STAGES: gl.constexpr = blocks.type.shape[0]
-    upper_MN = gl.zeros([_ROWS, _WIDE], gl.float32, LAYOUT)
-    lower_MN = gl.zeros([_ROWS, _WIDE], gl.float32, LAYOUT)
-    for k in range(COUNT):
-        mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
-        block = blocks.index(turn % STAGES).permute((1, 0))
-        upper_MN = warpgroup_mma(rows.index(k), block, upper_MN, use_acc=k > 0, is_async=True)
-        lower_MN = warpgroup_mma(rows.index(COUNT + k), block, lower_MN, use_acc=k > 0, is_async=True)
-        upper_MN, lower_MN = warpgroup_mma_wait(2, deps=[upper_MN, lower_MN])
-        mbarrier.arrive(free.index((turn - 1) % STAGES), count=1, pred=k > 0)
-        turn += 1
-    upper_MN, lower_MN = warpgroup_mma_wait(0, deps=[upper_MN, lower_MN])
-    mbarrier.arrive(free.index((turn - 1) % STAGES), count=1)
-    return upper_MN, lower_MN
-
-
-@gluon.jit
-def _column_send(
-    x_MN, bias, position, cos, sin, place, out_desc, row, start, tokens,
-    COLUMNS: gl.constexpr, HALF: gl.constexpr, IS_TURNED: gl.constexpr,
-):  # fmt: skip
-    LAYOUT: gl.constexpr = x_MN.type.layout
-    PAIRS: gl.constexpr = _pairs(gl.zeros([_ROWS, _WIDE], gl.float32, LAYOUT))[0].type.layout
-    x_MN += _broadcast(bias, start, LAYOUT)
-    if IS_TURNED:
-        if start < COLUMNS // 3 * 2:
-            row_M = row + gl.arange(0, _ROWS, gl.SliceLayout(1, PAIRS))
-            cos_MC, sin_MC = _angles(position, cos, sin, row_M, tokens, HALF, PAIRS)
-            x_MN = _turn(x_MN, cos_MC, sin_MC)
-    else:
-        x_MN = _gelu(x_MN)
-    _send(x_MN, place, out_desc, row, start)
-
-
-@gluon.jit
-def _column_consumer(
-    out_desc, lacking, bias, position, cos, sin, buffers, barriers, tokens, epsilon,
-    w: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, HALF: gl.constexpr, IS_TURNED: gl.constexpr,
-):  # fmt: skip
-    """Every other block of columns, of all rows: blocks of weights come in order, so one warpgroup multiplies while the
-    other is behind its product, without a barrier between them."""
-    rows, blocks, places = buffers
-    row_full, row_free, full, free, both = barriers
-    COUNT: gl.constexpr = D // blocks.type.shape[2]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _WIDE, 16])
-    before = 0
-    for tile in range(gl.program_id(0), gl.cdiv(tokens, 2 * _ROWS), gl.num_programs(0)):
-        row = tile * 2 * _ROWS
-        mbarrier.wait(row_full.index(w), _phase(tile))
-        _norm_in_place(rows, w * COUNT, lacking, epsilon, D)
-        mbarrier.arrive(both.index(1 - w), count=1)
-        mbarrier.wait(both.index(w), _phase(tile))
-        for block in range(w, COLUMNS // _WIDE, 2):
-            start = block * _WIDE
-            upper_MN, lower_MN = _column_multiply(rows, blocks, full, free, before + block * COUNT, LAYOUT, COUNT)
-            _column_send(
-                upper_MN, bias, position, cos, sin, places.index(w), out_desc, row, start, tokens, COLUMNS, HALF,
-                IS_TURNED,
-            )  # fmt: skip
-            _column_send(
-                lower_MN, bias, position, cos, sin, places.index(w), out_desc, row + _ROWS, start, tokens, COLUMNS,
-                HALF, IS_TURNED,
-            )  # fmt: skip
-        before += COLUMNS // _WIDE * COUNT
-        for half in gl.static_range(2):
-            mbarrier.arrive(row_free.index(half), count=1)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _make_barriers(STAGES: gl.constexpr, BY_COLUMNS: gl.constexpr):
-    """Of each half of the rows and of the weights' blocks: full and free; and one for each warpgroup's turn.
-
-    By columns both warpgroups read all rows, and one a block of weights; otherwise the other way round.
-    """
+def _make_barriers(STAGES: gl.constexpr):
+    """Of each warpgroup's rows and of the weights' blocks: full and free."""
     row_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     row_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for w in gl.static_range(2):
         mbarrier.init(row_full.index(w), count=1)
-        mbarrier.init(row_free.index(w), count=2 if BY_COLUMNS else 1)
-        mbarrier.init(order.index(w), count=1)
+        mbarrier.init(row_free.index(w), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=1 if BY_COLUMNS else 2)
-    return row_full, row_free, full, free, order
-
-
-@gluon.jit
-def _product_part(
-    out_desc, lacking, bias, position, cos, sin, buffers, barriers, tokens, epsilon,
-    w: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, HALF: gl.constexpr, IS_TURNED: gl.constexpr,
-    BY_COLUMNS: gl.constexpr,
-):  # fmt: skip
-    if BY_COLUMNS:
-        _column_consumer(
-            out_desc, lacking, bias, position, cos, sin, buffers, barriers, tokens, epsilon, w, D, COLUMNS, HALF,
-            IS_TURNED,
-        )  # fmt: skip
-    else:
-        _product_consumer(
-            out_desc, lacking, bias, position, cos, sin, buffers, barriers, tokens, epsilon, w, D, COLUMNS, HALF,
-            IS_TURNED,
-        )  # fmt: skip
+        mbarrier.init(free.index(stage), count=2)
+    return row_full, row_free, full, free
 
 
 @gluon.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["count"])
 def _normed_product_kernel(
     event_desc, weight_desc, out_desc, lacking, bias, position, cos, sin, count, tokens, epsilon,
     D: gl.constexpr, COLUMNS: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr, IS_TURNED: gl.constexpr,
-    BY_COLUMNS: gl.constexpr,
 ):  # fmt: skip
     if count is not None:
         tokens = gl.minimum(tokens, gl.load(count))
@@ -471,22 +354,22 @@ def _normed_product_kernel(
         gl.allocate_shared_memory(dtype, [STAGES, _WIDE, K], weight_desc.layout),
         gl.allocate_shared_memory(dtype, [2, _ROWS, _WIDE], out_desc.layout),
     )
-    barriers = _make_barriers(STAGES, BY_COLUMNS)
+    barriers = _make_barriers(STAGES)
     gl.warp_specialize(
         [
             (_product_producer, (event_desc, weight_desc, buffers, barriers, tokens, D, COLUMNS)),
             (
-                _product_part,
+                _product_consumer,
                 (
                     out_desc, lacking, bias, position, cos, sin, buffers, barriers, tokens, epsilon, 0, D, COLUMNS,
-                    HALF, IS_TURNED, BY_COLUMNS,
+                    HALF, IS_TURNED,
                 ),
             ),
             (
-                _product_part,
+                _product_consumer,
                 (
                     out_desc, lacking, bias, position, cos, sin, buffers, barriers, tokens, epsilon, 1, D, COLUMNS,
-                    HALF, IS_TURNED, BY_COLUMNS,
+                    HALF, IS_TURNED,
                 ),
             ),
         ],
@@ -501,7 +384,7 @@ def _between_producer(
     HIDDEN: gl.constexpr, HAS_HEAD: gl.constexpr,
 ):  # fmt: skip
     rows, blocks, _ = buffers
-    row_full, row_free, full, free, _ = barriers
+    row_full, row_free, full, free = barriers
     turn = 0
     for tile in range(gl.program_id(0), gl.cdiv(tokens, 2 * _ROWS), gl.num_programs(0)):
         turn = _put(out_weight, 0, 0, blocks, full, free, turn)
@@ -527,10 +410,10 @@ def _between_producer(
 def _between_consumer(
     event, event_desc, qkv_desc, tail_lacking, in_bias, head_lacking, qkv_bias, position, cos, sin, buffers, barriers,
     tokens, tail_epsilon, head_epsilon,
-    w: gl.constexpr, HIDDEN: gl.constexpr, HALF: gl.constexpr, HAS_HEAD: gl.constexpr, ORDER: gl.constexpr,
+    w: gl.constexpr, HIDDEN: gl.constexpr, HALF: gl.constexpr, HAS_HEAD: gl.constexpr,
 ):  # fmt: skip
     rows, blocks, places = buffers
-    row_full, row_free, full, free, order = barriers
+    row_full, row_free, full, free = barriers
     dtype: gl.constexpr = rows.dtype
     STAGES: gl.constexpr = blocks.type.shape[0]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _WIDE, 16])
@@ -548,24 +431,21 @@ def _between_consumer(
         one = one.to(gl.float32)
         two = two.to(gl.float32)
         mbarrier.wait(row_full.index(w), _phase(tile))
-        one, turn = _multiply(rows, 2 * w, blocks, full, free, order, turn, one, w, 2, ORDER)
-        two, turn = _multiply(rows, 2 * w, blocks, full, free, order, turn, two, w, 2, ORDER)
+        one, turn = _multiply(rows, 2 * w, blocks, full, free, turn, one, 2)
+        two, turn = _multiply(rows, 2 * w, blocks, full, free, turn, two, 2)
         _store_normed(one, two, tail_lacking, tail_epsilon, rows, 2 * w, LAYOUT)
         for start in range(0, HIDDEN, _WIDE):
             fed_MN = _broadcast(in_bias, start, LAYOUT)
-            fed_MN, turn = _multiply(rows, 2 * w, blocks, full, free, order, turn, fed_MN, w, 2, ORDER)
+            fed_MN, turn = _multiply(rows, 2 * w, blocks, full, free, turn, fed_MN, 2)
             operand = gl.convert_layout(_gelu(fed_MN).to(dtype), LEFT)
-            _begin(order, turn, w, 2, ORDER)
             mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
             one = warpgroup_mma(operand, blocks.index(turn % STAGES).permute((1, 0)), one, is_async=True)
             turn += 1
             mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
             two = warpgroup_mma(operand, blocks.index(turn % STAGES).permute((1, 0)), two, is_async=True)
-            _pass_on(order, w, ORDER == 1)
             one = warpgroup_mma_wait(1, deps=[one])
             mbarrier.arrive(free.index((turn - 1) % STAGES), count=1)
             two = warpgroup_mma_wait(0, deps=[two])
-            _pass_on(order, w, ORDER == 2)
             mbarrier.arrive(free.index(turn % STAGES), count=1)
             turn += 1
         _barrier()
@@ -581,11 +461,11 @@ def _between_consumer(
             cos_MC, sin_MC = _angles(position, cos, sin, pair_row_M, tokens, HALF, PAIRS)
             for start in range(0, 4 * _WIDE, _WIDE):  # queries and keys
                 read_MN = _broadcast(qkv_bias, start, LAYOUT)
-                read_MN, turn = _multiply(rows, 2 * w, blocks, full, free, order, turn, read_MN, w, 2, ORDER)
+                read_MN, turn = _multiply(rows, 2 * w, blocks, full, free, turn, read_MN, 2)
                 _send(_turn(read_MN, cos_MC, sin_MC), places.index(w), qkv_desc, row, start)
             for start in range(4 * _WIDE, 6 * _WIDE, _WIDE):
                 read_MN = _broadcast(qkv_bias, start, LAYOUT)
-                read_MN, turn = _multiply(rows, 2 * w, blocks, full, free, order, turn, read_MN, w, 2, ORDER)
+                read_MN, turn = _multiply(rows, 2 * w, blocks, full, free, turn, read_MN, 2)
                 _send(read_MN, places.index(w), qkv_desc, row, start)
         else:
             tma.store_wait(0)
@@ -598,7 +478,7 @@ def _between_consumer(
 def _between_kernel(
     event, event_desc, attended_desc, qkv_desc, out_weight, in_weight, up_weight, qkv_weight, tail_lacking, in_bias,
     head_lacking, qkv_bias, position, cos, sin, count, tokens, tail_epsilon, head_epsilon,
-    HIDDEN: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr, HAS_HEAD: gl.constexpr, ORDER: gl.constexpr,
+    HIDDEN: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr, HAS_HEAD: gl.constexpr,
 ):  # fmt: skip
     """Of 256 channels. A tile's events are read before they are written: in place."""
     if count is not None:
@@ -609,7 +489,7 @@ def _between_kernel(
         gl.allocate_shared_memory(dtype, [STAGES, _WIDE, _WIDE], out_weight.layout),
         gl.allocate_shared_memory(dtype, [2, _ROWS, _WIDE], qkv_desc.layout),
     )
-    barriers = _make_barriers(STAGES, False)
+    barriers = _make_barriers(STAGES)
     gl.warp_specialize(
         [
             (
@@ -623,14 +503,14 @@ def _between_kernel(
                 _between_consumer,
                 (
                     event, event_desc, qkv_desc, tail_lacking, in_bias, head_lacking, qkv_bias, position, cos, sin,
-                    buffers, barriers, tokens, tail_epsilon, head_epsilon, 0, HIDDEN, HALF, HAS_HEAD, ORDER,
+                    buffers, barriers, tokens, tail_epsilon, head_epsilon, 0, HIDDEN, HALF, HAS_HEAD,
                 ),
             ),
             (
                 _between_consumer,
                 (
                     event, event_desc, qkv_desc, tail_lacking, in_bias, head_lacking, qkv_bias, position, cos, sin,
-                    buffers, barriers, tokens, tail_epsilon, head_epsilon, 1, HIDDEN, HALF, HAS_HEAD, ORDER,
+                    buffers, barriers, tokens, tail_epsilon, head_epsilon, 1, HIDDEN, HALF, HAS_HEAD,
                 ),
             ),
         ],

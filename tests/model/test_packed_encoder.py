@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.errors import ConfigError, ShapeError
-from model.packed_encoder import PackedEncoder, lay_out, plan_batches
+from model.packed_encoder import PackedEncoder, choose_batch_tokens, lay_out, plan_batches
 from tests.model.test_encoder import make_features
 from tests.releases import SMALL, make_tower
 
@@ -42,6 +42,13 @@ def test_a_state_does_not_depend_on_what_it_is_encoded_with() -> None:
         alone = encoder.states(features.window(start, end).to(DEVICE))[0]
         assert torch.equal(alone, together[user]) or DEVICE == "cpu"
         assert (alone - together[user]).abs().max() < 5e-2
+
+
+def test_a_batch_holds_the_longest_history() -> None:
+    encoder = make_tower(config=CONFIG)[0].encoder
+    assert PackedEncoder(encoder).batch_tokens == choose_batch_tokens(64) == 67_584
+    assert choose_batch_tokens(512) == 33_792
+    assert PackedEncoder(encoder, batch_tokens=1).batch_tokens == 12
 
 
 def test_the_longest_go_first_and_the_shortest_fill_up() -> None:
