@@ -36,8 +36,8 @@ from model.dataset import DatasetDescription
 from model.encoder import Block, Encoder, Packing
 from model.features import GAP_BUCKETS, EventFeatures, Vocabularies
 from model.hybrid_tower import HybridTower
-from model.kernels.packed_block import FUSED_WIDTHS, Head, Tail, between_products, between_reference
-from model.packed_encoder import BATCH_TOKENS, PackedEncoder, plan_batches
+from model.kernels.packed_block import Head, Tail, between, between_products, between_reference
+from model.packed_encoder import PackedEncoder, choose_batch_tokens, plan_batches
 
 THEME = "dcat"
 BUCKET_TOKENS = 131_072
@@ -84,8 +84,6 @@ ATTENTION_SETTINGS = (
     (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3),
 )  # fmt: skip
 """Rows, keys, warps and stages of the attention kernel that are tried."""
-FUSED_SETTINGS = ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 4, 1))
-"""Rows, chunk, warps and stages of the fused kernel that are tried."""
 QUICK = (Size(64, 2, 2, 2.0),)
 
 
@@ -240,7 +238,7 @@ def compare(
     picked = [0, int(length_U.argmax()), int(length_U.argmin()), users - 1]
     exact = exact_states(encoder, events, picked)
     rivals = Rivals(encoder, events, device, size, longest)
-    ours = PackedEncoder(copy.deepcopy(encoder).to(device), batch_tokens=2 * longest if is_quick else BATCH_TOKENS)
+    ours = PackedEncoder(copy.deepcopy(encoder).to(device), batch_tokens=2 * longest if is_quick else None)
     features = events.to(device)
     floor = size.floor_ms(length_U)
     print(f"{size.name}: {users} users, {int(length_U.sum())} events, floor {floor:.2f} ms", flush=True)
@@ -285,7 +283,7 @@ def tune(size: Size, device: torch.device) -> None:
     encoder = size.encoder(LONGEST, 50_000)
     features = draw(length_U, 50_000).to(device)
     on_device = copy.deepcopy(encoder).to(device)
-    for tokens in (16384, 32768, 65536):
+    for tokens in (16_896, 33_792, 50_688, 67_584):
         packed = PackedEncoder(on_device, batch_tokens=tokens)
         packed.states(features)
         took = statistics.median(wall_ms(lambda packed=packed: packed.states(features), device, 7))  # type: ignore[misc]
@@ -324,31 +322,27 @@ def attention_pieces(width: int, heads: int, length_U: NDArray[np.int64], device
 
 
 def block_pieces(size: Size, encoder: Encoder, device: torch.device) -> None:
-    """What lies between two attentions, of one batch: by the library's products, and by the fused kernel."""
+    """What lies between two attentions, of one batch: by the kernels chosen for its width, and by the library's
+    products."""
     block = next(block for block in encoder.blocks if isinstance(block, Block))
     tail, head = Tail.of(block, torch.bfloat16), Head.of(block, torch.bfloat16)
-    event_TD, attended_TD = torch.randn(2, BATCH_TOKENS, size.width, device=device).bfloat16()
+    tokens = choose_batch_tokens(size.width)
+    event_TD, attended_TD = torch.randn(2, tokens, size.width, device=device).bfloat16()
     angle_Ld = rotary_angles(torch.arange(LONGEST), size.width // size.heads).to(device)
-    position_T = torch.arange(BATCH_TOKENS, device=device) % LONGEST
-    arguments = event_TD, attended_TD, tail, head, position_T, angle_Ld.cos(), angle_Ld.sin()
-    flops = 24 * size.width**2 * BATCH_TOKENS
+    position_T = (torch.arange(tokens, device=device) % LONGEST).int()
+    rest = attended_TD, tail, head, position_T, angle_Ld.cos(), angle_Ld.sin()
+    flops = 24 * size.width**2 * tokens
 
     def both(of: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
-        event_TD, projected = of(*arguments)
+        stream_TD, projected = of(event_TD.clone(), *rest)
         assert projected is not None
-        return torch.cat([event_TD, projected.flatten(1)], 1)
+        return torch.cat([stream_TD, projected.flatten(1)], 1)
 
-    exact = both(between_reference)
-    report("between, products", lambda: between_products(*arguments)[0], flops, None)
-    print(f"  products off {off(both(between_products), exact.double()):.1e}", flush=True)
-    if size.width in FUSED_WIDTHS:
-        from model.kernels.packed_block_triton import between_kernel
-
-        print(f"  fused off {off(both(between_kernel), exact.double()):.1e}", flush=True)
-        for rows, chunk, warps, stages in FUSED_SETTINGS:
-            settings = {"rows": rows, "chunk": chunk, "num_warps": warps, "num_stages": stages}
-            report(f"between, fused {tuple(settings.values())}",
-                   lambda settings=settings: between_kernel(*arguments, **settings)[0], flops, None)  # type: ignore[misc]  # fmt: skip
+    exact = both(between_reference).double()
+    for name, of in (("kernels", between), ("products", between_products)):
+        print(f"  between, {name}, off {off(both(of), exact):.1e}", flush=True)
+        stream_TD = event_TD.clone()
+        report(f"between, {name}", lambda of=of, stream_TD=stream_TD: of(stream_TD, *rest)[0], flops, None)  # type: ignore[misc]  # fmt: skip
 
 
 def report(name: str, step: Step, flops: float, exact: torch.Tensor | None) -> None:

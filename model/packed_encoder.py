@@ -1,5 +1,4 @@
-"""An encoder's inference on CUDA in bfloat16: batches of fixed size, a narrow model's layer in two kernels, held by a
-CUDA graph.
+"""An encoder's inference on CUDA in bfloat16: batches of fixed size, held by a CUDA graph.
 
 The same function as `Encoder.states`, whose blocks these are: the weights are rounded to bfloat16 once, so is the
 residual stream after each block. That batches all have one size is what lets one graph serve them all.
@@ -7,7 +6,6 @@ residual stream after each block. That batches all have one size is what lets on
 Legend: U users, T packed events, B events of a batch, D channels, h heads, d channels of a head, L positions.
 """
 
-import bisect
 import copy
 from collections.abc import Sequence
 
@@ -20,10 +18,19 @@ from model.encoder import Block, Encoder
 from model.errors import ConfigError, ShapeError
 from model.features import EventFeatures
 from model.kernels.causal_attention import KERNEL_HEAD_DIMS, causal_attention, plan_causal
-from model.kernels.packed_block import Head, Tail, between
+from model.kernels.packed_block import between, stack
 
-BATCH_TOKENS = 32_768
-"""Events of a batch, unless the longest history has more."""
+_TILES_OF_EVENTS = 132 * 128
+"""One tile of the kernels for each multiprocessor of a Hopper."""
+
+
+def choose_batch_tokens(width: int) -> int:
+    """Events of a batch, unless the longest history has more: whole rounds of tiles, so that no processor waits.
+
+    Four rounds up to 256 channels, where what a kernel costs besides its tiles weighs (10.95 ms for 1,024 users on an
+    H200, 11.35 with two); two above, where a round takes four times as long.
+    """
+    return (4 if width <= 256 else 2) * _TILES_OF_EVENTS
 
 
 def is_supported(encoder: Encoder) -> bool:
@@ -41,25 +48,30 @@ def is_supported(encoder: Encoder) -> bool:
 class PackedEncoder:
     """States of packed histories. Its weights are a copy: they do not follow the encoder's."""
 
-    def __init__(self, encoder: Encoder, *, batch_tokens: int = BATCH_TOKENS) -> None:
-        """encoder: on the device that is to encode; on the CPU the same steps run, without kernels or graphs.
+    def __init__(self, encoder: Encoder, *, batch_tokens: int | None = None) -> None:
+        """batch_tokens: None for choose_batch_tokens; a longest history that has more has its way.
+
+        encoder: on the device that is to encode; on the CPU the same steps run, without kernels or graphs.
 
         Raises ConfigError for a kind that is not supported.
         """
         if not is_supported(encoder):
             raise ConfigError("a packed encoder needs softmax attention without bias, one token and heads of 32 to 128")
         config = encoder.config
-        self.limit, self.batch_tokens = config.history_limit, max(batch_tokens, config.history_limit)
+        tokens = choose_batch_tokens(config.d_model) if batch_tokens is None else batch_tokens
+        self.limit, self.batch_tokens = config.history_limit, max(tokens, config.history_limit)
         encoder = copy.deepcopy(encoder).eval()
         self.device, self._width = encoder.type_embedding.weight.device, config.d_model
         blocks = [block for block in encoder.blocks if isinstance(block, Block)]
-        self._heads = [Head.of(block, torch.bfloat16) for block in blocks]
-        self._tails = [Tail.of(block, torch.bfloat16) for block in blocks]
+        self._heads, self._tails, self._lacking_D = stack(blocks, torch.bfloat16)
         self._norm = encoder.norm.float()
         angle_Ld = rotary_angles(torch.arange(self.limit), config.d_model // config.num_heads)
         self._cos_Ld, self._sin_Ld = (x.to(self.device) for x in (angle_Ld.cos(), angle_Ld.sin()))
-        self._embed = torch.compile(encoder.embed, dynamic=False) if self.device.type == "cuda" else encoder.embed
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph | None, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._encoder = encoder
+        self._begin, self._end = self._embedded, self._normed
+        if self.device.type == "cuda":
+            self._begin, self._end = (torch.compile(step, dynamic=False) for step in (self._begin, self._end))
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph | None, torch.Tensor, torch.Tensor]] = {}
 
     @torch.inference_mode()
     def states(self, events: EventFeatures) -> torch.Tensor:
@@ -77,73 +89,83 @@ class PackedEncoder:
         offsets_BU, begin_BU, out_U = (torch.from_numpy(x).to(self.device) for x in (offsets, begins, outs))
         row_BE, position_BE = self._places(offsets_BU, begin_BU)
         columns = (events.item_T, events.type_T, events.gap_T, *events.column_TC.unbind(1))
-        staged_BCE = torch.stack([*(x[row_BE] for x in columns), position_BE], 1)
-        graph, inputs_CE, offsets_U, out = self._graph(size, staged_BCE.shape[1])
+        staged = [*(x[row_BE].int() for x in columns), position_BE, offsets_BU]
+        staged_BX = torch.cat(staged, 1)
+        graph, input_X, out = self._graph(size, staged_BX.shape[1])
         state_BUD = torch.empty(len(batches), size, self._width, device=self.device)
         for b in range(len(batches)):
-            inputs_CE.copy_(staged_BCE[b])
-            offsets_U.copy_(offsets_BU[b])
+            input_X.copy_(staged_BX[b])
             if graph is None:
-                out = self._compute(inputs_CE, offsets_U)
+                out = self._compute(input_X, size)
             else:
                 graph.replay()
             state_BUD[b] = out
         return state_BUD.flatten(0, 1)[out_U]
 
     def _places(self, offsets_BU: torch.Tensor, begin_BU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of every batch the event at each place, and its position in its history: i64 [batches, B].
+        """Of every batch the event at each place, i64, and its position in its history, i32: [batches, B].
 
         Places behind a batch's last event hold the first event, at position 0, and belong to no user.
         """
         place_BE = torch.arange(self.batch_tokens, device=self.device, dtype=torch.int32).repeat(len(offsets_BU), 1)
         slot_BE = torch.searchsorted(offsets_BU, place_BE, right=True).clamp_max(begin_BU.shape[1]) - 1
         is_event = place_BE < offsets_BU[:, -1:]
-        position_BE = torch.where(is_event, place_BE - offsets_BU.gather(1, slot_BE), 0).long()
+        position_BE = torch.where(is_event, place_BE - offsets_BU.gather(1, slot_BE), 0)
         return torch.where(is_event, begin_BU.gather(1, slot_BE) + position_BE, 0), position_BE
 
-    def _graph(
-        self, size: int, columns: int
-    ) -> tuple[torch.cuda.CUDAGraph | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _graph(self, size: int, inputs: int) -> tuple[torch.cuda.CUDAGraph | None, torch.Tensor, torch.Tensor]:
         """The graph for up to so many users a batch, its inputs and its output, captured where there is none yet.
 
-        Inputs: i64 [columns, B] and i32 [size + 1]. On the CPU there is no graph.
+        Inputs: i32, as _compute takes them. On the CPU there is no graph.
         """
         if size in self._graphs:
             return self._graphs[size]
-        device = self.device
-        inputs_CE = torch.zeros(columns, self.batch_tokens, dtype=torch.int64, device=device)
-        offsets_U = torch.zeros(size + 1, dtype=torch.int32, device=device)
-        if device.type != "cuda":
-            return None, inputs_CE, offsets_U, torch.empty(0)
+        input_X = torch.zeros(inputs, dtype=torch.int32, device=self.device)
+        if self.device.type != "cuda":
+            return None, input_X, torch.empty(0)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._compute(inputs_CE, offsets_U)
+            self._compute(input_X, size)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = self._compute(inputs_CE, offsets_U)
-        self._graphs[size] = graph, inputs_CE, offsets_U, out
+            out = self._compute(input_X, size)
+        self._graphs[size] = graph, input_X, out
         return self._graphs[size]
 
-    def _compute(self, inputs_CE: torch.Tensor, offsets_U: torch.Tensor) -> torch.Tensor:
-        """States f32 [size, D]; of users that are not there, anything."""
-        item, kind, gap, *columns, position_B = inputs_CE.unbind()
+    def _compute(self, input_X: torch.Tensor, size: int) -> torch.Tensor:
+        """States f32 [size, D]; of users that are not there, anything.
+
+        input_X: i32, one after another: item, type, gap and columns of every event, its position, and the offsets of
+        the users, [size + 1].
+        """
+        input_CE, offsets = input_X[: -size - 1].view(-1, self.batch_tokens), input_X[-size - 1 :]
+        return self._end(self.run(self._begin(input_CE), input_CE[-1], offsets), offsets)
+
+    def _embedded(self, input_CE: torch.Tensor) -> torch.Tensor:
+        item, kind, gap, *columns, _ = input_CE.long().unbind()
         column_BC = torch.stack(columns, 1) if columns else item.new_empty(len(item), 0)
-        event_BD = self._embed(item, kind, gap, column_BC).to(torch.bfloat16)
-        hidden_BD = self.run(event_BD, position_B, offsets_U)
-        return self._norm(hidden_BD[(offsets_U[1:].long() - 1).clamp_min(0)].float())  # type: ignore[no-any-return]
+        return self._encoder.embed(item, kind, gap, column_BC).to(torch.bfloat16)
+
+    def _normed(self, hidden_BD: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        last_UD = hidden_BD[(offsets[1:].long() - 1).clamp_min(0)]
+        return self._norm(last_UD.float() + self._lacking_D)  # type: ignore[no-any-return]
 
     def run(self, event_TD: torch.Tensor, position_T: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Embedded events through the blocks: bf16 [T, D]. position_T: i64.  offsets: i32 [U + 1], on the device."""
-        angles = position_T, self._cos_Ld, self._sin_Ld
+        """Embedded events through the blocks: bf16 [T, D], without the biases that the stream lacks.
+
+        event_TD is not to be read afterwards.  position_T: i32.  offsets: i32 [U + 1], on the device; of events behind
+        the last user's anything comes back.
+        """
+        angles, count = (position_T, self._cos_Ld, self._sin_Ld), offsets[-1:]
         plan = plan_causal(offsets, len(event_TD), self.limit, 2 * self._cos_Ld.shape[1])
-        event_TD, projected = between(event_TD, None, None, self._heads[0], *angles)
+        event_TD, projected = between(event_TD, None, None, self._heads[0], *angles, count=count)
         for tail, head in zip(self._tails, [*self._heads[1:], None], strict=True):
             assert projected is not None
             query_Thd, key_Thd, value_Thd = projected.unbind(1)
             attended_Thd = causal_attention(query_Thd, key_Thd, value_Thd, offsets, self.limit, plan)
-            event_TD, projected = between(event_TD, attended_Thd.flatten(1), tail, head, *angles)
+            event_TD, projected = between(event_TD, attended_Thd.flatten(1), tail, head, *angles, count=count)
         return event_TD
 
 
@@ -153,35 +175,32 @@ def lay_out(
     """Of each batch, with up to `size` users: where they end, i32 [batches, size + 1], and where their events begin
     among all, i64 [batches, size]; of each user the place of its state, i64 [U]. Users that are not there have no
     events."""
-    begin_U = np.cumsum(length_U) - length_U
+    users, counts = np.concatenate(batches), np.array([len(batch) for batch in batches])
+    batch_U = np.repeat(np.arange(len(batches)), counts)
+    slot_U = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
     offsets = np.zeros((len(batches), size + 1), np.int32)
+    offsets[batch_U, slot_U + 1] = length_U[users]
     begins = np.zeros((len(batches), size), np.int64)
-    outs = np.empty(len(length_U), np.int64)
-    for b, users in enumerate(batches):
-        ends = np.cumsum(length_U[users])
-        offsets[b, 1 : len(users) + 1] = ends
-        offsets[b, len(users) + 1 :] = ends[-1]
-        begins[b, : len(users)] = begin_U[users]
-        outs[users] = b * size + np.arange(len(users))
-    return offsets, begins, outs
+    begins[batch_U, slot_U] = (np.cumsum(length_U) - length_U)[users]
+    outs = np.empty(len(users), np.int64)
+    outs[users] = batch_U * size + slot_U
+    return offsets.cumsum(1, dtype=np.int32), begins, outs
 
 
 def plan_batches(length_U: NDArray[np.int64], tokens: int) -> list[NDArray[np.int64]]:
-    """Users in batches of at most so many events: the longest first, each where it leaves the least room (best fit).
+    """Users in batches of at most so many events: the longest while they fit, then the shortest, longer ones first.
 
     Every user is in one batch; none may have more than `tokens` events.
     """
-    batches: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # of the batches that are not full: room and number, rising
-    for user in np.argsort(-length_U, kind="stable").tolist():
-        length = int(length_U[user])
-        place = bisect.bisect_left(rooms, (length, 0))
-        if place < len(rooms):
-            room, number = rooms.pop(place)
-        else:
-            room, number = tokens, len(batches)
-            batches.append([])
-        batches[number].append(user)
-        if room > length:
-            bisect.insort(rooms, (room - length, number))
-    return [np.array(batch) for batch in batches]
+    order_U = np.argsort(-length_U, kind="stable")
+    until_U = np.cumsum(length_U[order_U])
+    batches = []
+    first, last, before = 0, len(order_U), 0
+    while first < last:
+        middle = min(int(np.searchsorted(until_U, before + tokens, "right")), last)
+        end = until_U[last - 1]
+        room = before + tokens - until_U[middle - 1]
+        rest = max(middle, int(np.searchsorted(until_U[:last], end - room)) + 1)
+        batches.append(np.concatenate([order_U[first:middle], order_U[rest:last]]))
+        first, last, before = middle, rest, until_U[middle - 1]
+    return batches

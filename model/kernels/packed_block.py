@@ -1,13 +1,18 @@
 """A Transformer block between two attentions, for inference: output projection, feed-forward and residuals of one
 block, norm and rotated projection of the next.
 
-Of a narrow model (256 channels) activations between products cost more in memory traffic than the products in
-arithmetic; so there all of it is one kernel, whose hidden part never leaves the chip. Wider models take the library's
-products, with a kernel for what lies between them.
+Between products activations cost memory traffic. On Hopper, at 256 channels, all of it is one kernel, whose hidden part
+never leaves the chip; at 512 a kernel takes each norm with the product behind it. Elsewhere the library's products add
+to the residual stream in place, with a kernel for each norm and one for the rotation.
+
+Two things are worked out once, with the weights. A norm's own weight and bias go into the product behind it. The
+residual stream is kept without the biases of the products that add to it: they are the same for every token, and what
+the stream lacks by them is added where it is normed.
 
 Legend: T tokens, D channels, F channels of the feed-forward's hidden part, h heads, d channels of a head, L positions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +21,8 @@ import torch.nn.functional as F
 from model.encoder import Block
 from model.errors import ShapeError
 
-FUSED_WIDTHS = (64, 128, 256)
-"""Widths at which one kernel does all: more does not fit into a multiprocessor's registers."""
+HOPPER_WIDTHS = (256, 512)
+"""Widths that the kernels for Hopper know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,30 +30,33 @@ class Tail:
     """Weights of a block behind its attention: matrices in the tokens' dtype, vectors in f32."""
 
     out_DD: torch.Tensor
-    out_bias_D: torch.Tensor
-    norm_D: torch.Tensor
-    norm_bias_D: torch.Tensor
+    lacking_D: torch.Tensor
+    """What the residual stream lacks before the feed-forward: the output projection's bias and those before it."""
     ffn_in_FD: torch.Tensor
     ffn_in_bias_F: torch.Tensor
     ffn_out_DF: torch.Tensor
-    ffn_out_bias_D: torch.Tensor
     epsilon: float
 
     @classmethod
-    def of(cls, block: Block, dtype: torch.dtype) -> "Tail":
-        """A copy."""
+    def of(cls, block: Block, dtype: torch.dtype, lacking_D: torch.Tensor | None = None) -> "Tail":
+        """A copy. lacking_D: what the stream lacks before the block; None: nothing."""
+        wide = torch.promote_types(dtype, torch.float32)
+        out_bias_D = block.out.bias.detach().to(wide, copy=True)
         return cls(
-            *_pair(block.out, dtype), *_pair(block.ffn_norm, torch.float32), *_pair(block.ffn_in, dtype),
-            *_pair(block.ffn_out, dtype), block.ffn_norm.eps,
-        )  # fmt: skip
+            block.out.weight.detach().to(dtype, copy=True),
+            out_bias_D if lacking_D is None else lacking_D + out_bias_D,
+            *_normed(block.ffn_norm, block.ffn_in, dtype),
+            block.ffn_out.weight.detach().to(dtype, copy=True),
+            block.ffn_norm.eps,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """Weights of a block before its attention: matrices in the tokens' dtype, vectors in f32."""
 
-    norm_D: torch.Tensor
-    norm_bias_D: torch.Tensor
+    lacking_D: torch.Tensor
+    """What the residual stream lacks before the block."""
     qkv_ND: torch.Tensor
     """N = 3 D; of queries and keys the two channels that turn together are neighbours, as `adjacent` leaves them."""
     qkv_bias_N: torch.Tensor
@@ -56,15 +64,29 @@ class Head:
     epsilon: float
 
     @classmethod
-    def of(cls, block: Block, dtype: torch.dtype) -> "Head":
-        """A copy."""
-        weight, bias = (adjacent(x, block.num_heads) for x in _pair(block.qkv, dtype))
-        norm = _pair(block.attention_norm, torch.float32)
-        return cls(*norm, weight, bias, block.num_heads, block.attention_norm.eps)
+    def of(cls, block: Block, dtype: torch.dtype, lacking_D: torch.Tensor | None = None) -> "Head":
+        """A copy. lacking_D: what the stream lacks before the block; None: nothing."""
+        weight_ND, bias_N = (adjacent(x, block.num_heads) for x in _normed(block.attention_norm, block.qkv, dtype))
+        lacking_D = torch.zeros_like(bias_N[: weight_ND.shape[1]]) if lacking_D is None else lacking_D
+        return cls(lacking_D, weight_ND, bias_N, block.num_heads, block.attention_norm.eps)
 
 
-def _pair(module: torch.nn.Linear | torch.nn.LayerNorm, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return module.weight.detach().to(dtype, copy=True), module.bias.detach().to(torch.float32, copy=True)
+def stack(blocks: Sequence[Block], dtype: torch.dtype) -> tuple[list[Head], list[Tail], torch.Tensor]:
+    """Heads and tails of a Transformer, and what the stream lacks behind the last block."""
+    heads, tails = [], []
+    lacking_D = torch.zeros_like(blocks[0].out.bias, dtype=torch.promote_types(dtype, torch.float32))
+    for block in blocks:
+        heads.append(Head.of(block, dtype, lacking_D))
+        tails.append(Tail.of(block, dtype, lacking_D))
+        lacking_D = tails[-1].lacking_D + block.ffn_out.bias.detach().to(lacking_D.dtype)
+    return heads, tails, lacking_D
+
+
+def _normed(norm: torch.nn.LayerNorm, linear: torch.nn.Linear, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the linear layer that reads what is normed without the norm's own."""
+    weight_ND = linear.weight.detach()
+    bias_N = linear.bias.detach() + weight_ND @ norm.bias.detach()
+    return (weight_ND * norm.weight.detach()).to(dtype), bias_N.to(torch.promote_types(dtype, torch.float32))
 
 
 def adjacent(x_N: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -83,13 +105,17 @@ def between(
     position_T: torch.Tensor,
     cos_Ld: torch.Tensor,
     sin_Ld: torch.Tensor,
+    *,
+    count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The events behind the block whose attention gave `attended_TD`, [T, D] (without a tail: as they came), and what
-    the next block's attention reads: queries, keys and values, [T, 3, h, d] (without a head: None).
+    """The residual stream behind the block whose attention gave `attended_TD`, [T, D] (without a tail: as it came), and
+    what the next block's attention reads: queries, keys and values, [T, 3, h, d] (without a head: None).
 
-    event_TD, attended_TD: bf16 or f16; on the CPU any float.  position_T: i64.  cos_Ld, sin_Ld: f32 [L, d / 2].
-    Sums, norms, GELU (Hendrycks and Gimpel 2016; on CUDA within 1e-3 of the exact one) and residuals in f32. No
-    gradient flows. A token's result has the same bits among any others of as many. Raises ShapeError.
+    event_TD: the stream before the block, without what the tail or head says it lacks; what comes back may stand in its
+    place.  event_TD, attended_TD: bf16 or f16; on the CPU any float.  position_T: i32 or i64.  cos_Ld, sin_Ld: f32
+    [L, d / 2].  count: i32 [1], on the device; rows from there on may hold anything, before and after.  Sums, norms and
+    GELU (Hendrycks and Gimpel 2016; on CUDA within 1e-3 of the exact one) in f32. No gradient flows. A token's result
+    has the same bits among any others of as many. Raises ShapeError.
     Source: pre-norm blocks (Xiong et al. 2020), rotary embedding (Su et al. 2021, equation 34).
     """
     width = event_TD.shape[1]
@@ -105,11 +131,23 @@ def between(
     arguments = event_TD, attended_TD, tail, head, position_T, cos_Ld, sin_Ld
     if not event_TD.is_cuda:
         return between_reference(*arguments)
-    if width in FUSED_WIDTHS:
-        from model.kernels.packed_block_triton import between_kernel
+    if is_hopper(event_TD, tail, cos_Ld):
+        from model.kernels.packed_block_gluon import between_hopper
 
-        return between_kernel(*arguments)
+        return between_hopper(*arguments, count)
     return between_products(*arguments)
+
+
+def is_hopper(event_TD: torch.Tensor, tail: Tail | None, cos_Ld: torch.Tensor) -> bool:
+    """Whether the kernels for Hopper take it: their widths, half precision, whole heads and hidden channels in 128."""
+    return (
+        event_TD.is_cuda
+        and torch.cuda.get_device_capability(event_TD.device)[0] == 9
+        and event_TD.shape[1] in HOPPER_WIDTHS
+        and event_TD.dtype in (torch.bfloat16, torch.float16)
+        and 64 % cos_Ld.shape[1] == 0
+        and (tail is None or len(tail.ffn_in_FD) % 128 == 0)
+    )
 
 
 def finish_products(
@@ -142,21 +180,21 @@ def between_reference(
     """As between, on any device; rounded where it returns."""
     dtype, wide = event_TD.dtype, torch.promote_types(event_TD.dtype, torch.float32)
 
-    def linear(x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor) -> torch.Tensor:
-        return F.linear(x_TK, weight_NK.to(wide), bias_N.to(wide))
+    def linear(x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x_TK, weight_NK.to(wide), None if bias_N is None else bias_N.to(wide))
 
-    def norm(x_TD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, epsilon: float) -> torch.Tensor:
-        return F.layer_norm(x_TD, weight_D.shape, weight_D.to(wide), bias_D.to(wide), epsilon)
+    def norm(x_TD: torch.Tensor, lacking_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return F.layer_norm(x_TD + lacking_D.to(wide), lacking_D.shape, eps=epsilon)
 
     hidden_TD = event_TD.to(wide)
     if tail is not None and attended_TD is not None:
-        hidden_TD = hidden_TD + linear(attended_TD.to(wide), tail.out_DD, tail.out_bias_D)
-        normed_TD = norm(hidden_TD, tail.norm_D, tail.norm_bias_D, tail.epsilon)
+        hidden_TD = hidden_TD + linear(attended_TD.to(wide), tail.out_DD)
+        normed_TD = norm(hidden_TD, tail.lacking_D, tail.epsilon)
         fed_TF = F.gelu(linear(normed_TD, tail.ffn_in_FD, tail.ffn_in_bias_F))
-        hidden_TD = hidden_TD + linear(fed_TF, tail.ffn_out_DF, tail.ffn_out_bias_D)
+        hidden_TD = hidden_TD + linear(fed_TF, tail.ffn_out_DF)
     if head is None:
         return hidden_TD.to(dtype), None
-    normed_TD = norm(hidden_TD, head.norm_D, head.norm_bias_D, head.epsilon)
+    normed_TD = norm(hidden_TD, head.lacking_D, head.epsilon)
     qkv = linear(normed_TD, head.qkv_ND, head.qkv_bias_N).reshape(len(event_TD), 3, head.num_heads, -1)
     first, second = qkv[:, :2, :, 0::2], qkv[:, :2, :, 1::2]
     cos, sin = (x[position_T][:, None, None].to(wide) for x in (cos_Ld, sin_Ld))
@@ -174,20 +212,15 @@ def between_products(
     sin_Ld: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As between, on CUDA at any width: the library's products, rounded after each."""
-    from model.kernels.packed_block_triton import add_norm_kernel, rotate_kernel
+    from model.kernels.packed_block_triton import norm_kernel, rotate_kernel
 
-    fed_TD = None
     if tail is not None and attended_TD is not None:
-        projected_TD = F.linear(attended_TD, tail.out_DD)
-        event_TD, normed_TD = add_norm_kernel(
-            event_TD, projected_TD, tail.out_bias_D, tail.norm_D, tail.norm_bias_D, tail.epsilon
-        )
+        event_TD = event_TD.addmm_(attended_TD, tail.out_DD.t())
+        normed_TD = norm_kernel(event_TD, tail.lacking_D, tail.epsilon)
         bias_F = tail.ffn_in_bias_F.to(event_TD.dtype)
         fed_TF = torch._addmm_activation(bias_F, normed_TD, tail.ffn_in_FD.t(), use_gelu=True)
-        fed_TD = F.linear(fed_TF, tail.ffn_out_DF)
-    bias_D = None if tail is None else tail.ffn_out_bias_D
+        event_TD = event_TD.addmm_(fed_TF, tail.ffn_out_DF.t())
     if head is None:
-        return add_norm_kernel(event_TD, fed_TD, bias_D, None, None, 0.0)[0], None
-    event_TD, normed_TD = add_norm_kernel(event_TD, fed_TD, bias_D, head.norm_D, head.norm_bias_D, head.epsilon)
-    qkv_TN = F.linear(normed_TD, head.qkv_ND)
+        return event_TD, None
+    qkv_TN = F.linear(norm_kernel(event_TD, head.lacking_D, head.epsilon), head.qkv_ND)
     return event_TD, rotate_kernel(qkv_TN, head.qkv_bias_N, head.num_heads, position_T, cos_Ld, sin_Ld)

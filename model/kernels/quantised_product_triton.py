@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.kernels.crossing_attention_triton import _IS_INTERPRETED
-from model.kernels.packed_block_triton import _gelu, norm_tile
+from model.kernels.packed_block_triton import norm_tile
 from model.kernels.quantised_product import FP8, LARGEST, ROUNDING, Linear, Rows
 
 _LARGEST: tl.constexpr = tl.constexpr(LARGEST)
@@ -121,6 +121,21 @@ def _add_norm_rows(
             hidden, added, bias, total, norm, norm_bias, value, scale, length, tokens, epsilon, D=width, **tile
         )
     return Rows(value, scale), length
+
+
+@triton.jit
+def _gelu(x):
+    """x times the normal distribution's share below x, by the hyperbolic tangent of an odd polynomial."""
+    square = tl.minimum(x * x, 36.0)
+    angle = x * (0.79750788 + square * (0.03700564577 - 0.000351516787 * square))
+    if _IS_INTERPRETED:
+        tangent = 2.0 / (1.0 + tl.math.exp(-2.0 * angle)) - 1.0
+    else:
+        tangent = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+        )
+    half = 0.5 * x
+    return tl.math.fma(half, tangent, half)
 
 
 @triton.jit

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from model.errors import ConfigError, ShapeError
-from model.packed_encoder import PackedEncoder, lay_out, plan_batches
+from model.packed_encoder import PackedEncoder, choose_batch_tokens, lay_out, plan_batches
 from tests.model.test_encoder import make_features
 from tests.releases import SMALL, make_tower
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
 
 CONFIG = replace(SMALL, d_model=64, num_heads=2, num_layers=3)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,8 +44,15 @@ def test_a_state_does_not_depend_on_what_it_is_encoded_with() -> None:
         assert (alone - together[user]).abs().max() < 5e-2
 
 
-def test_a_history_goes_where_it_leaves_the_least_room() -> None:
-    """12; 9 + 7; then 5 in a batch of its own; 3 and 1 to the 12, where they leave the least room."""
+def test_a_batch_holds_the_longest_history() -> None:
+    encoder = make_tower(config=CONFIG)[0].encoder
+    assert PackedEncoder(encoder).batch_tokens == choose_batch_tokens(64) == 67_584
+    assert choose_batch_tokens(512) == 33_792
+    assert PackedEncoder(encoder, batch_tokens=1).batch_tokens == 12
+
+
+def test_the_longest_go_first_and_the_shortest_fill_up() -> None:
+    """12, then 3 and 1; 9 and 7 fill a batch; 5 in a batch of its own."""
     found = plan_batches(np.array([5, 1, 12, 7, 3, 9]), 16)
     assert [batch.tolist() for batch in found] == [[2, 4, 1], [5, 3], [0]]
 
@@ -58,10 +67,10 @@ def test_users_are_laid_out_where_their_events_are() -> None:
 
 def test_every_user_is_in_one_batch_and_none_is_too_full() -> None:
     length_U = np.random.default_rng(0).integers(1, 100, 500)
-    batches = plan_batches(length_U, 256)
+    batches = plan_batches(length_U, 800)
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
-    assert max(int(length_U[users].sum()) for users in batches) <= 256
-    assert len(batches) <= 1.02 * length_U.sum() / 256 + 1
+    assert max(int(length_U[users].sum()) for users in batches) <= 800
+    assert len(batches) <= 1.02 * length_U.sum() / 800 + 1
 
 
 def test_what_it_cannot_encode_is_refused() -> None:
