@@ -1,19 +1,16 @@
 """Gradients of crossing attention on Hopper: warp-specialised Gluon kernels fed by the tensor memory accelerator.
 
-No launch waits for the host. The first, `_prepare_kernel`, lists the items of all requests, those of the most work
-first, and does what is a candidate's alone: delta (output times its gradient, summed over channels), the gradients of
-its own keys and values, and its own scores' gradients. What reads the history comes next:
-- Heads of 64 channels: one pass of 5 products. An item of `_single_kernel` is a request's part of a history and a key
-  head: block after block of 128 events it reads the request's tokens, and adds what a block says of their gradients to
-  sums in float32 that this item alone has; `_sum_kernel` adds up the parts, the oldest first.
-- Heads of 128 channels, whose accumulators leave no room for that: `_query_kernel` reads the history for tiles of 128
-  tokens, `_history_kernel` the tokens for blocks of 128 events; 7 products.
+Three launches, none of which waits for the host:
+- `_prepare_kernel` lists the tiles of all requests, those of the most work first, and does what is a candidate's alone:
+  delta (output times its gradient, summed over channels), the gradients of its own keys and values, and its own scores'
+  gradients.
+- `_query_kernel` reads the history for tiles of 128 tokens, `_history_kernel` the tokens for blocks of 128 events.
 
-These are alike: one program a multiprocessor takes item after item of the plan. One of its warps copies tiles into
-shared memory, some ahead; two groups of four warps, of 64 rows each, multiply. All that stands on the left of a product
-is in registers or stays in shared memory, and every sum has one order: a place of the float32 sums is added to by one
-thread of the launch, in the order of its program, and the parts of a history follow from its own length. Results leave
-in pieces of 16 bytes a thread.
+The last two are alike: one program a multiprocessor takes item after item of the plan. One of its warps copies tiles
+into shared memory, some ahead; two groups of four warps, of 64 rows each, multiply. All that stands on the left of a
+product is in registers or stays in shared memory: no score passes through shared memory, nothing is added atomically,
+and every sum has one order. The next item's entry of the plan, and of 64 channels its own tiles, come while this one's
+are multiplied; results leave in pieces of 16 bytes a thread.
 
 A copied block may reach into the next request. Scores of such events are masked; tokens beyond a request have an
 infinite denominator, for which the statistics of a request are laid out in whole tiles (`padded` rows a head: request
@@ -30,7 +27,6 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -48,26 +44,27 @@ _ENTRY_SIZE: tl.constexpr = tl.constexpr(_ENTRY)
 _OWN_VALUES = 1024
 """Of one tensor, in a program that does what is a candidate's alone."""
 _REGISTERS = 168
-_PART_BLOCKS = 32
-"""Blocks of 128 events of a part of a history, where one pass does all. Fixes the bits of a result."""
-_MOST_PARTS = 8
-"""Of one history: a longer one has longer parts. There are float32 sums of all queries for each."""
-_SINGLE_STAGES = 4
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.6
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """How far ahead a kernel of heads of 128 channels copies. `block` fixes the bits of a result."""
+    """How far ahead a kernel copies. `block` fixes the bits of a result."""
 
     block: int
     """Rows of a copied tile: events for gradients of queries, tokens for gradients of the history."""
     stages: int
     """Copied tiles at most waiting."""
+    left_in_registers: bool
+    """Whether the item's own two tiles are read into registers at once, or stay in shared memory."""
 
 
-OF_QUERIES, OF_HISTORY = Pipeline(64, 4), Pipeline(64, 3)
+def choose_pipelines(head_dim: int) -> tuple[Pipeline, Pipeline]:
+    """Of gradients of queries, and of the history."""
+    if head_dim == 64:
+        return Pipeline(64, 4, True), Pipeline(64, 4, True)
+    return Pipeline(64, 4, False), Pipeline(64, 3, False)
 
 
 def is_supported(
@@ -94,11 +91,13 @@ def backward(
     out_gradient: torch.Tensor, query: torch.Tensor, key_self: torch.Tensor, value_self: torch.Tensor,
     history_key: torch.Tensor, history_value: torch.Tensor, candidate_offsets: torch.Tensor,
     history_offsets: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *, tokens: int,
+    pipelines: tuple[Pipeline, Pipeline] | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Gradients of query, own keys and values, history keys and values, as the Triton kernels' `backward`.
 
-    Of inputs that `is_supported` accepts.
+    Of inputs that `is_supported` accepts. pipelines: for tests and for finding better ones.
     """
+    of_queries, of_history = pipelines or choose_pipelines(query.shape[-1])
     num_tokens, heads, channels = query.shape
     key_heads, requests = key_self.shape[1], len(candidate_offsets) - 1
     group, scale = heads // key_heads, channels**-0.5
@@ -108,9 +107,7 @@ def backward(
     )
     slots = num_tokens // TILE + requests
     padded = slots * TILE
-    part_blocks = _PART_BLOCKS if channels == 64 else 0
-    most_items = len(history_key) // (TILE * max(part_blocks, 1)) + requests
-    plan = torch.empty(slots + most_items, _ENTRY, dtype=torch.int32, device=query.device)
+    plan = torch.empty(slots + len(history_key) // TILE + requests, _ENTRY, dtype=torch.int32, device=query.device)
     counts = torch.empty(2, dtype=torch.int32, device=query.device)
     statistics = lse.new_empty(2 + tokens, heads * padded)
     part = _OWN_VALUES // channels
@@ -118,40 +115,25 @@ def backward(
         query, query.stride(0), out_gradient, out_gradient.stride(0), key_self, value_self, key_self.stride(0),
         value_self.stride(0), candidate_offsets, history_offsets, out, lse, statistics, key_self_g, value_self_g,
         plan, counts, key_heads, group, scale, requests, slots,
-        TOKENS=tokens, ROWS=part, D=channels, BLOCK=256, PART_BLOCKS=part_blocks, MOST_PARTS=_MOST_PARTS, num_warps=4,
+        TOKENS=tokens, ROWS=part, D=channels, BLOCK=256, num_warps=4,
     )  # fmt: skip
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    if part_blocks:
-        parts = min(triton.cdiv(len(history_key), TILE * part_blocks), _MOST_PARTS)
-        query_sums = lse.new_empty(parts, heads, padded, channels)
-        query_desc, gradient_desc = (_rows_desc(x, TILE // 2) for x in (query, out_gradient))
-        key_desc, value_desc = (_rows_desc(x, TILE) for x in (history_key, history_value))
-        lse_desc, delta_desc = (_line_desc(statistics[i], TILE // 2) for i in range(2))
-        _single_kernel[(processors,)](
-            query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, query_sums, history_key_g,
-            history_value_g, plan[slots:], counts, key_heads, group, scale, padded,
-            D=channels, STAGES=_SINGLE_STAGES, num_warps=4, maxnreg=_REGISTERS,
-        )  # fmt: skip
-        _sum_kernel[(slots * (TILE // 32) * heads,)](
-            query_sums, statistics, key_self, key_self.stride(0), query_g, plan, counts, heads, group, scale, padded,
-            heads * padded, TOKENS=tokens, ROWS=32, D=channels, PART_BLOCKS=part_blocks, MOST_PARTS=_MOST_PARTS,
-            num_warps=4,
-        )  # fmt: skip
-        return query_g, key_self_g, value_self_g, history_key_g, history_value_g
     query_desc, gradient_desc = (_rows_desc(x, TILE // 2) for x in (query, out_gradient))
-    key_desc, value_desc = (_rows_desc(x, OF_QUERIES.block) for x in (history_key, history_value))
+    key_desc, value_desc = (_rows_desc(x, of_queries.block) for x in (history_key, history_value))
     _query_kernel[(processors,)](
         query_desc, gradient_desc, key_desc, value_desc, statistics, key_self, key_self.stride(0), query_g,
         plan, counts, heads, group, scale, padded, heads * padded,
-        TOKENS=tokens, D=channels, N=OF_QUERIES.block, STAGES=OF_QUERIES.stages, num_warps=4, maxnreg=_REGISTERS,
+        TOKENS=tokens, D=channels, N=of_queries.block, STAGES=of_queries.stages,
+        LEFT_IN_REGISTERS=of_queries.left_in_registers, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
-    query_desc, gradient_desc = (_rows_desc(x, OF_HISTORY.block) for x in (query, out_gradient))
+    query_desc, gradient_desc = (_rows_desc(x, of_history.block) for x in (query, out_gradient))
     key_desc, value_desc = (_rows_desc(x, TILE // 2) for x in (history_key, history_value))
-    lse_desc, delta_desc = (_line_desc(statistics[i], OF_HISTORY.block) for i in range(2))
+    lse_desc, delta_desc = (_line_desc(statistics[i], of_history.block) for i in range(2))
     _history_kernel[(processors,)](
         query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, history_key_g, history_value_g,
         plan[slots:], counts, key_heads, group, scale, padded,
-        D=channels, M=OF_HISTORY.block, STAGES=OF_HISTORY.stages, num_warps=4, maxnreg=_REGISTERS,
+        D=channels, M=of_history.block, STAGES=of_history.stages,
+        LEFT_IN_REGISTERS=of_history.left_in_registers, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
     return query_g, key_self_g, value_self_g, history_key_g, history_value_g
 
@@ -173,16 +155,12 @@ def _prepare_kernel(
     query, query_stride, out_gradient, out_gradient_stride, key_self, value_self, key_self_stride, value_self_stride,
     candidate_offsets, history_offsets, out, lse, statistics, key_gradient, value_gradient, plan, counts,
     key_heads, group, scale, requests, slots,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PART_BLOCKS: tl.constexpr,
-    MOST_PARTS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The plan, two programs a request; what is a candidate's alone, a program for each part of a tile and key head."""
     program = tl.program_id(0)
     if program < 2 * requests:
-        _plan(
-            candidate_offsets, history_offsets, plan, counts, program // 2, program % 2, requests, slots, BLOCK,
-            PART_BLOCKS, MOST_PARTS,
-        )  # fmt: skip
+        _plan(candidate_offsets, history_offsets, plan, counts, program // 2, program % 2, requests, slots, BLOCK)
     else:
         _own_gradients(
             query, query_stride, out_gradient, out_gradient_stride, key_self, value_self, key_self_stride,
@@ -192,25 +170,13 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _blocks_each(events, PART_BLOCKS: tl.constexpr, MOST_PARTS: tl.constexpr):
-    """Blocks of 128 events of each item of a history: one, or those of a part; parts are as equal as can be."""
-    if PART_BLOCKS == 0:
-        return events * 0 + 1
-    blocks = (events + _TILE - 1) // _TILE
-    parts = tl.minimum((blocks + PART_BLOCKS - 1) // PART_BLOCKS, MOST_PARTS)
-    return tl.maximum((blocks + parts - 1) // tl.maximum(parts, 1), 1)
-
-
-@triton.jit
 def _plan(
-    candidate_offsets, history_offsets, plan, counts, request, of_history, requests, slots, BLOCK: tl.constexpr,
-    PART_BLOCKS: tl.constexpr, MOST_PARTS: tl.constexpr,
+    candidate_offsets, history_offsets, plan, counts, request, of_history, requests, slots, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Entries of one request's items: tiles of tokens (0), or blocks or parts of the history (1).
+    """Entries of one request's tiles: of tokens for gradients of queries (0), of events for those of the history (1).
 
-    Requests of the most work an item come first, equal ones in their order. An entry: first row, end of the request's
-    rows, begin and number of the rows that it reads, the row in the padded statistics, the item's number in its request
-    and its blocks of 128 rows.
+    Requests of the most work a tile come first, equal ones in their order. An entry: first row of the tile, end of the
+    request's rows, begin and number of the rows that it reads, and the row in the padded statistics.
     """
     own = candidate_offsets
     other = history_offsets
@@ -220,42 +186,31 @@ def _plan(
     begin = tl.load(own + request)
     end = tl.load(own + request + 1)
     other_begin = tl.load(other + request)
-    other_rows = tl.load(other + request + 1) - other_begin
-    each = begin * 0 + 1
-    if of_history:
-        each = _blocks_each(end - begin, PART_BLOCKS, MOST_PARTS)
+    work = tl.load(other + request + 1) - other_begin
     position = begin * 0
     total = begin * 0
     for start in tl.range(0, requests, BLOCK):
         r = start + tl.arange(0, BLOCK)
         is_there = r < requests
         length = tl.load(own + r + 1, is_there, 0) - tl.load(own + r, is_there, 0)
-        work = tl.load(other + r + 1, is_there, 0) - tl.load(other + r, is_there, 0)
-        items = (length + _TILE - 1) // _TILE
-        if of_history:
-            its_each = _blocks_each(length, PART_BLOCKS, MOST_PARTS)
-            items = (items + its_each - 1) // its_each
-            work *= its_each
-        is_before = (work > other_rows * each) | ((work == other_rows * each) & (r < request))
-        position += tl.sum(tl.where(is_before, items, 0))
-        total += tl.sum(items)
+        its_work = tl.load(other + r + 1, is_there, 0) - tl.load(other + r, is_there, 0)
+        tiles = (length + _TILE - 1) // _TILE
+        is_before = (its_work > work) | ((its_work == work) & (r < request))
+        position += tl.sum(tl.where(is_before, tiles, 0))
+        total += tl.sum(tiles)
     if request == 0:
         tl.store(counts + of_history, total)
     padded_row = (tl.load(candidate_offsets + request) // _TILE + request) * _TILE
-    blocks = (end - begin + _TILE - 1) // _TILE
-    items = (blocks + each - 1) // each
-    for first in tl.range(0, items, BLOCK):
-        item = first + tl.arange(0, BLOCK)
-        is_item = item < items
-        row = item * each * _TILE
-        at = plan + (of_history * slots + position + item) * _ENTRY_SIZE
-        tl.store(at, begin + row, is_item)
-        tl.store(at + 1, end, is_item)
-        tl.store(at + 2, other_begin, is_item)
-        tl.store(at + 3, other_rows, is_item)
-        tl.store(at + 4, tl.where(of_history != 0, padded_row, padded_row + row), is_item)
-        tl.store(at + 5, item, is_item)
-        tl.store(at + 6, tl.minimum(each, blocks - item * each), is_item)
+    for first in tl.range(begin, end, _TILE * BLOCK):
+        tile = tl.arange(0, BLOCK)
+        row = first + tile * _TILE
+        is_tile = row < end
+        at = plan + (of_history * slots + position + (first - begin) // _TILE + tile) * _ENTRY_SIZE
+        tl.store(at, row, is_tile)
+        tl.store(at + 1, end, is_tile)
+        tl.store(at + 2, other_begin, is_tile)
+        tl.store(at + 3, work, is_tile)
+        tl.store(at + 4, tl.where(of_history != 0, padded_row, padded_row + row - begin), is_tile)
 
 
 @triton.jit
@@ -389,6 +344,7 @@ def _query_consumer(
     statistics, key_self, key_self_stride, query_gradient, buffers, barriers, plan, counts, heads, group, scale,
     padded, plane,
     W: gl.constexpr, TOKENS: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    LEFT_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of 64 queries an item: dQ = dS K, dS = P * (dO V^T - delta), P = exp2(Q K^T - lse).
 
@@ -399,6 +355,7 @@ def _query_consumer(
     dtype: gl.constexpr = key_buffers.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
     score_left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     row_M = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, score_layout))
     own_row_M = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
@@ -436,6 +393,10 @@ def _query_consumer(
         mbarrier.wait(item_ready, item_number & 1)
         query_Md = query_buffers.index(W)
         gradient_Md = gradient_buffers.index(W)
+        if LEFT_IN_REGISTERS:
+            query_Md = query_Md.load(left)
+            gradient_Md = gradient_Md.load(left)
+            mbarrier.arrive(item_free, count=1)
         blocks = gl.cdiv(length, N)
         if blocks > 0:
             stage = number % STAGES
@@ -486,7 +447,8 @@ def _query_consumer(
             result = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(key_free.index(stage), count=1)
             number += 1
-        mbarrier.arrive(item_free, count=1)
+        if not LEFT_IN_REGISTERS:
+            mbarrier.arrive(item_free, count=1)
         _store_rows(query_gradient, result * scale, first, end, heads, head, W, D)
 
 
@@ -495,6 +457,7 @@ def _query_kernel(
     query_desc, gradient_desc, key_desc, value_desc, statistics, key_self, key_self_stride, query_gradient,
     plan, counts, heads, group, scale, padded, plane,
     TOKENS: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    LEFT_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of queries: items of 128 tokens of one request and head, over blocks of its history."""
     dtype: gl.constexpr = query_desc.dtype
@@ -523,14 +486,14 @@ def _query_kernel(
                 _query_consumer,
                 (
                     statistics, key_self, key_self_stride, query_gradient, buffers, barriers, plan, counts, heads,
-                    group, scale, padded, plane, 0, TOKENS, D, N, STAGES,
+                    group, scale, padded, plane, 0, TOKENS, D, N, STAGES, LEFT_IN_REGISTERS,
                 ),
             ),
             (
                 _query_consumer,
                 (
                     statistics, key_self, key_self_stride, query_gradient, buffers, barriers, plan, counts, heads,
-                    group, scale, padded, plane, 1, TOKENS, D, N, STAGES,
+                    group, scale, padded, plane, 1, TOKENS, D, N, STAGES, LEFT_IN_REGISTERS,
                 ),
             ),
             (
@@ -550,20 +513,6 @@ def _query_kernel(
 
 
 @gluon.jit
-def _copy_own(
-    key_desc, value_desc, key_buffers, value_buffers, item_ready, item_free, item_number, first, key_head,
-    W: gl.constexpr,
-):  # fmt: skip
-    """Copies keys and values of the 64 events of a group of warps once it has done with its last ones."""
-    mbarrier.wait(item_free.index(W), (item_number & 1) ^ 1)
-    ready = item_ready.index(W)
-    mbarrier.expect(ready, 2 * key_desc.block_type.nbytes)
-    at_row = [first + W * 64, key_head * key_desc.block_shape[1]]
-    _copy(key_desc, at_row, ready, key_buffers.index(W))
-    _copy(value_desc, at_row, ready, value_buffers.index(W))
-
-
-@gluon.jit
 def _history_producer(
     query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, buffers, barriers, plan, counts, key_heads,
     group, padded, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
@@ -577,11 +526,12 @@ def _history_producer(
         item_number = item // gl.num_programs(0)
         first, _, begin, rows, padded_row = _load_entry(plan, item, items, key_heads)
         key_head = item % key_heads
-        _copy_own(
-            key_desc, value_desc, key_buffers, value_buffers, item_ready, item_free, item_number, first, key_head, 0
-        )
-        # The second group of warps may be behind by as many tiles as are still on their way: its own two wait for it.
-        left = STAGES - 1
+        mbarrier.wait(item_free, (item_number & 1) ^ 1)
+        mbarrier.expect(item_ready, 4 * key_desc.block_type.nbytes)
+        for w in gl.static_range(2):
+            at_row = [first + w * 64, key_head * D]
+            _copy(key_desc, at_row, item_ready, key_buffers.index(w))
+            _copy(value_desc, at_row, item_ready, value_buffers.index(w))
         for member in range(group):
             head = key_head * group + member
             line = head * padded + padded_row
@@ -599,22 +549,13 @@ def _history_producer(
                 _copy(gradient_desc, [begin + row, head * D], ready, gradient_buffers.index(stage))
                 _copy(delta_desc, [line + row], ready, delta_buffers.index(stage))
                 number += 1
-                left -= 1
-                if left == 0:
-                    _copy_own(
-                        key_desc, value_desc, key_buffers, value_buffers, item_ready, item_free, item_number, first,
-                        key_head, 1,
-                    )  # fmt: skip
-        if left > 0:
-            _copy_own(
-                key_desc, value_desc, key_buffers, value_buffers, item_ready, item_free, item_number, first, key_head, 1
-            )
 
 
 @gluon.jit
 def _history_consumer(
     key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale,
     W: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+    LEFT_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of 64 events an item: dV = P^T dO, dK = dS^T Q, all scores with events as rows."""
     query_buffers, gradient_buffers, lse_buffers, delta_buffers, key_buffers, value_buffers = buffers
@@ -622,6 +563,7 @@ def _history_consumer(
     dtype: gl.constexpr = key_buffers.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
     score_left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     column: gl.constexpr = gl.SliceLayout(0, score_layout)
     nothing = gl.zeros([64, M], gl.float32, score_layout)
@@ -637,11 +579,75 @@ def _history_consumer(
         key_head = item % key_heads
         key_result = gl.zeros([64, D], gl.float32, layout)
         value_result = gl.zeros([64, D], gl.float32, layout)
-        mbarrier.wait(item_ready.index(W), item_number & 1)
+        mbarrier.wait(item_ready, item_number & 1)
         key_Nd = key_buffers.index(W)
         value_Nd = value_buffers.index(W)
-        if tiles > 0:
-            # Registers are short: of a tile's two products with shares only the key's waits for the next scores.
+        if LEFT_IN_REGISTERS:
+            key_Nd = key_Nd.load(left)
+            value_Nd = value_Nd.load(left)
+            mbarrier.arrive(item_free, count=1)
+        if D > 64:
+            if tiles > 0:
+                # Registers are short: of a tile's two products with shares only the key's waits for the next scores.
+                stage = number % STAGES
+                phase = number // STAGES & 1
+                mbarrier.wait(query_ready.index(stage), phase)
+                score = warpgroup_mma(
+                    key_Nd, query_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+                )
+                mbarrier.wait(gradient_ready.index(stage), phase)
+                through = warpgroup_mma(
+                    value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+                )
+                lse_M = lse_buffers.index(stage).load(column)
+                score_NM = warpgroup_mma_wait(1, deps=[score])
+                share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
+                share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
+                through_NM = warpgroup_mma_wait(0, deps=[through])
+                value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
+                delta_M = delta_buffers.index(stage).load(column)
+                score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
+                value_result = warpgroup_mma_wait(0, deps=[value_product])
+                mbarrier.arrive(gradient_free.index(stage), count=1)
+                score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
+                for _ in range(1, tiles):
+                    last = stage
+                    number += 1
+                    stage = number % STAGES
+                    phase = number // STAGES & 1
+                    mbarrier.wait(query_ready.index(stage), phase)
+                    mbarrier.wait(gradient_ready.index(stage), phase)
+                    score = warpgroup_mma(
+                        key_Nd, query_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+                    )
+                    through = warpgroup_mma(
+                        value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+                    )
+                    key_product = warpgroup_mma(
+                        score_gradient_left_NM, query_buffers.index(last), key_result, is_async=True
+                    )
+                    lse_M = lse_buffers.index(stage).load(column)
+                    score_NM = warpgroup_mma_wait(2, deps=[score])
+                    share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
+                    through_NM, key_result = warpgroup_mma_wait(0, deps=[through, key_product])
+                    mbarrier.arrive(query_free.index(last), count=1)
+                    share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
+                    value_product = warpgroup_mma(
+                        share_left_NM, gradient_buffers.index(stage), value_result, is_async=True
+                    )
+                    delta_M = delta_buffers.index(stage).load(column)
+                    score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
+                    value_result = warpgroup_mma_wait(0, deps=[value_product])
+                    mbarrier.arrive(gradient_free.index(stage), count=1)
+                    score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
+                key_product = warpgroup_mma(
+                    score_gradient_left_NM, query_buffers.index(stage), key_result, is_async=True
+                )
+                key_result = warpgroup_mma_wait(0, deps=[key_product])
+                mbarrier.arrive(query_free.index(stage), count=1)
+                number += 1
+        elif tiles > 0:
+            # Both products with a tile's shares run beside the next one's scores.
             stage = number % STAGES
             phase = number // STAGES & 1
             mbarrier.wait(query_ready.index(stage), phase)
@@ -653,49 +659,53 @@ def _history_consumer(
                 value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
             lse_M = lse_buffers.index(stage).load(column)
-            score_NM = warpgroup_mma_wait(1, deps=[score])
-            share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
-            share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
-            through_NM = warpgroup_mma_wait(0, deps=[through])
-            value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
             delta_M = delta_buffers.index(stage).load(column)
+            score_NM, through_NM = warpgroup_mma_wait(0, deps=[score, through])
+            share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
             score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
-            value_result = warpgroup_mma_wait(0, deps=[value_product])
-            mbarrier.arrive(gradient_free.index(stage), count=1)
+            share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
             score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
-            for _ in range(1, tiles):
+            following = number + 1
+            phase = following // STAGES & 1
+            mbarrier.wait(query_ready.index(following % STAGES), phase, pred=tiles > 1)
+            mbarrier.wait(gradient_ready.index(following % STAGES), phase, pred=tiles > 1)
+            for tile in range(1, tiles):
                 last = stage
                 number += 1
                 stage = number % STAGES
-                phase = number // STAGES & 1
-                mbarrier.wait(query_ready.index(stage), phase)
-                mbarrier.wait(gradient_ready.index(stage), phase)
                 score = warpgroup_mma(
                     key_Nd, query_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
                 )
                 through = warpgroup_mma(
                     value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
                 )
+                value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(last), value_result, is_async=True)
                 key_product = warpgroup_mma(
                     score_gradient_left_NM, query_buffers.index(last), key_result, is_async=True
                 )
                 lse_M = lse_buffers.index(stage).load(column)
-                score_NM = warpgroup_mma_wait(2, deps=[score])
+                score_NM = warpgroup_mma_wait(3, deps=[score])
                 share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
-                through_NM, key_result = warpgroup_mma_wait(0, deps=[through, key_product])
+                following = number + 1
+                phase = following // STAGES & 1
+                mbarrier.wait(query_ready.index(following % STAGES), phase, pred=tile + 1 < tiles)
+                delta_M = delta_buffers.index(stage).load(column)
+                through_NM = warpgroup_mma_wait(2, deps=[through])
+                score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
+                mbarrier.wait(gradient_ready.index(following % STAGES), phase, pred=tile + 1 < tiles)
+                value_result, key_result = warpgroup_mma_wait(0, deps=[value_product, key_product])
+                mbarrier.arrive(gradient_free.index(last), count=1)
                 mbarrier.arrive(query_free.index(last), count=1)
                 share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
-                value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
-                delta_M = delta_buffers.index(stage).load(column)
-                score_gradient_NM = share_NM * (through_NM - delta_M[None, :])
-                value_result = warpgroup_mma_wait(0, deps=[value_product])
-                mbarrier.arrive(gradient_free.index(stage), count=1)
                 score_gradient_left_NM = gl.convert_layout(score_gradient_NM.to(dtype), score_left)
+            value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(stage), value_result, is_async=True)
             key_product = warpgroup_mma(score_gradient_left_NM, query_buffers.index(stage), key_result, is_async=True)
-            key_result = warpgroup_mma_wait(0, deps=[key_product])
+            value_result, key_result = warpgroup_mma_wait(0, deps=[value_product, key_product])
+            mbarrier.arrive(gradient_free.index(stage), count=1)
             mbarrier.arrive(query_free.index(stage), count=1)
             number += 1
-        mbarrier.arrive(item_free.index(W), count=1)
+        if not LEFT_IN_REGISTERS:
+            mbarrier.arrive(item_free, count=1)
         _store_rows(value_gradient, value_result, first, end, key_heads, key_head, W, D)
         _store_rows(key_gradient, key_result * scale, first, end, key_heads, key_head, W, D)
 
@@ -705,6 +715,7 @@ def _history_kernel(
     query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, key_gradient, value_gradient,
     plan, counts, key_heads, group, scale, padded,
     D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+    LEFT_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the history: items of 128 events of one request and key head, over its tokens in order."""
     dtype: gl.constexpr = query_desc.dtype
@@ -714,15 +725,14 @@ def _history_kernel(
     delta_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, M], lse_desc.layout)
     key_buffers = gl.allocate_shared_memory(dtype, [2, 64, D], key_desc.layout)
     value_buffers = gl.allocate_shared_memory(dtype, [2, 64, D], key_desc.layout)
-    item_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    item_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    item_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    item_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     query_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     query_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     gradient_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     gradient_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(2):
-        mbarrier.init(item_ready.index(w), count=1)
-        mbarrier.init(item_free.index(w), count=1)
+    mbarrier.init(item_ready, count=1)
+    mbarrier.init(item_free, count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(query_ready.index(i), count=1)
         mbarrier.init(query_free.index(i), count=2)
@@ -736,14 +746,14 @@ def _history_kernel(
                 _history_consumer,
                 (
                     key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale,
-                    0, D, M, STAGES,
+                    0, D, M, STAGES, LEFT_IN_REGISTERS,
                 ),
             ),
             (
                 _history_consumer,
                 (
                     key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale,
-                    1, D, M, STAGES,
+                    1, D, M, STAGES, LEFT_IN_REGISTERS,
                 ),
             ),
             (
@@ -757,380 +767,3 @@ def _history_kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
-
-
-# All gradients at once
-
-
-@gluon.jit
-def _single_producer(
-    query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, buffers, barriers, plan, counts, key_heads,
-    group, padded, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Copies block after block of keys and values, with each the request's tokens tile by tile, head after head."""
-    query_buffers, gradient_buffers, lse_buffers, delta_buffers, key_buffers, value_buffers, _ = buffers
-    block_ready, block_free, query_ready, query_free, gradient_ready, gradient_free, _ = barriers
-    items = gl.load(counts + 1) * key_heads
-    number = 0
-    block_number = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        at = plan + item // key_heads * _ENTRY_SIZE
-        first = gl.load(at)
-        begin = gl.load(at + 2)
-        tokens = gl.cdiv(gl.load(at + 3), _TILE) * _TILE
-        padded_row = gl.load(at + 4)
-        blocks = gl.load(at + 6)
-        key_head = item % key_heads
-        if tokens == 0:
-            blocks = 0
-        for block in range(blocks):
-            place = block_number & 1
-            mbarrier.wait(block_free.index(place), (block_number // 2 & 1) ^ 1)
-            ready = block_ready.index(place)
-            mbarrier.expect(ready, 2 * key_desc.block_type.nbytes)
-            _copy(key_desc, [first + block * _TILE, key_head * D], ready, key_buffers.index(place))
-            _copy(value_desc, [first + block * _TILE, key_head * D], ready, value_buffers.index(place))
-            block_number += 1
-            for member in range(group):
-                head = key_head * group + member
-                line = head * padded + padded_row
-                for row in range(0, tokens, 64):
-                    stage = number % STAGES
-                    phase = (number // STAGES & 1) ^ 1
-                    mbarrier.wait(query_free.index(stage), phase)
-                    ready = query_ready.index(stage)
-                    mbarrier.expect(ready, query_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-                    _copy(query_desc, [begin + row, head * D], ready, query_buffers.index(stage))
-                    _copy(lse_desc, [line + row], ready, lse_buffers.index(stage))
-                    mbarrier.wait(gradient_free.index(stage), phase)
-                    ready = gradient_ready.index(stage)
-                    mbarrier.expect(ready, gradient_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-                    _copy(gradient_desc, [begin + row, head * D], ready, gradient_buffers.index(stage))
-                    _copy(delta_desc, [line + row], ready, delta_buffers.index(stage))
-                    number += 1
-
-
-@gluon.jit
-def _add_part(at, pending_at, part_Md, block, D: gl.constexpr, layout: gl.constexpr):
-    """Adds 64 rows to the item's own sums; its first block's are stored, for no sum has been set to zero.
-
-    Nobody but this thread writes to its places in the whole launch, and a thread's operations on one place are done in
-    its program's order: these atomic additions, which wait for nothing, give the same bits in every run.
-    """
-    row = gl.arange(0, 64, gl.SliceLayout(1, layout))
-    channel_d = gl.arange(0, D, gl.SliceLayout(0, layout))
-    at = at + pending_at + (row[:, None] * D + channel_d[None, :])
-    if block == 0:
-        gl.store(at, part_Md)
-    else:
-        gl.atomic_add(at, part_Md, sem="relaxed", scope="gpu")
-
-
-@gluon.jit
-def _even_tile(
-    key_Nd, value_Nd, key_result, value_result, share_left_NM, score_gradient_left_NM, is_event_N, is_whole, number,
-    pair, pending_place, buffers, barriers, scale,
-    W: gl.constexpr, IS_FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The first tile of a pair: the last tile's products with shares run beside this one's scores.
-
-    Then the product for 64 queries of the pair before begins.
-    """
-    query_buffers, gradient_buffers, lse_buffers, delta_buffers, key_buffers, _, score_buffers = buffers
-    _, _, query_ready, query_free, gradient_ready, gradient_free, score_ready = barriers
-    dtype: gl.constexpr = key_buffers.dtype
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    score_left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    column: gl.constexpr = gl.SliceLayout(0, score_layout)
-    nothing = gl.zeros([64, 64], gl.float32, score_layout)
-    nothing_Md = gl.zeros([64, D], gl.float32, layout)
-    stage = number % STAGES
-    phase = number // STAGES & 1
-    last = (number + STAGES - 1) % STAGES
-    mbarrier.wait(query_ready.index(stage), phase)
-    mbarrier.wait(gradient_ready.index(stage), phase)
-    score = warpgroup_mma(key_Nd, query_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    through = warpgroup_mma(
-        value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-    )
-    if not IS_FIRST:
-        value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(last), value_result, is_async=True)
-        key_product = warpgroup_mma(score_gradient_left_NM, query_buffers.index(last), key_result, is_async=True)
-    lse_M = lse_buffers.index(stage).load(column)
-    score_NM = warpgroup_mma_wait(1 if IS_FIRST else 3, deps=[score])
-    share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
-    if not is_whole:
-        share_NM = gl.where(is_event_N[:, None], share_NM, 0.0)
-    delta_M = delta_buffers.index(stage).load(column)
-    through_NM = warpgroup_mma_wait(0 if IS_FIRST else 2, deps=[through])
-    score_gradient_NM = (share_NM * (through_NM - delta_M[None, :])).to(dtype)
-    # Both groups have then read what this pair's scores' gradients are written over.
-    turn = pair - 1
-    mbarrier.wait(score_ready.index(turn & 1), turn >> 1 & 1, pred=pair > 0)
-    score_buffers.index((pair & 1) * 2).slice(W * 64, 64).store(score_gradient_NM)
-    if not IS_FIRST:
-        value_result, key_result = warpgroup_mma_wait(0, deps=[value_product, key_product])
-        mbarrier.arrive(gradient_free.index(last), count=1)
-        mbarrier.arrive(query_free.index(last), count=1)
-    share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
-    score_gradient_left_NM = gl.convert_layout(score_gradient_NM, score_left)
-    part = warpgroup_mma(
-        score_buffers.index((turn & 1) * 2 + W).permute((1, 0)), key_buffers.index(pending_place), nothing_Md,
-        use_acc=False, is_async=True,
-    )  # fmt: skip
-    return key_result, value_result, share_left_NM, score_gradient_left_NM, part
-
-
-@gluon.jit
-def _odd_tile(
-    key_Nd, value_Nd, key_result, value_result, share_left_NM, score_gradient_left_NM, is_event_N, is_whole, number,
-    pair, pending_at, pending_block, pending_place, part, query_sums, buffers, barriers, scale,
-    W: gl.constexpr, IS_FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The second tile of a pair: the queries' gradients of the pair before leave before the other products start."""
-    query_buffers, gradient_buffers, lse_buffers, delta_buffers, key_buffers, _, score_buffers = buffers
-    _, block_free, query_ready, query_free, gradient_ready, gradient_free, score_ready = barriers
-    dtype: gl.constexpr = key_buffers.dtype
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    score_left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    column: gl.constexpr = gl.SliceLayout(0, score_layout)
-    nothing = gl.zeros([64, 64], gl.float32, score_layout)
-    stage = number % STAGES
-    phase = number // STAGES & 1
-    last = (number + STAGES - 1) % STAGES
-    mbarrier.wait(query_ready.index(stage), phase)
-    mbarrier.wait(gradient_ready.index(stage), phase)
-    score = warpgroup_mma(key_Nd, query_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    part_Md = warpgroup_mma_wait(1, deps=[part])
-    if pair > 0:
-        _add_part(query_sums, pending_at, part_Md, pending_block, D, layout)
-    through = warpgroup_mma(
-        value_Nd, gradient_buffers.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-    )
-    value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(last), value_result, is_async=True)
-    key_product = warpgroup_mma(score_gradient_left_NM, query_buffers.index(last), key_result, is_async=True)
-    if IS_FIRST:
-        mbarrier.arrive(block_free.index(pending_place), count=1, pred=pair > 0)
-    lse_M = lse_buffers.index(stage).load(column)
-    score_NM = warpgroup_mma_wait(3, deps=[score])
-    share_NM = gl.exp2(score_NM * (scale * _LOG2_E) - lse_M[None, :])
-    if not is_whole:
-        share_NM = gl.where(is_event_N[:, None], share_NM, 0.0)
-    delta_M = delta_buffers.index(stage).load(column)
-    through_NM = warpgroup_mma_wait(2, deps=[through])
-    score_gradient_NM = (share_NM * (through_NM - delta_M[None, :])).to(dtype)
-    score_buffers.index((pair & 1) * 2 + 1).slice(W * 64, 64).store(score_gradient_NM)
-    fence_async_shared()
-    mbarrier.arrive(score_ready.index(pair & 1), count=1)
-    value_result, key_result = warpgroup_mma_wait(0, deps=[value_product, key_product])
-    mbarrier.arrive(gradient_free.index(last), count=1)
-    mbarrier.arrive(query_free.index(last), count=1)
-    share_left_NM = gl.convert_layout(share_NM.to(dtype), score_left)
-    score_gradient_left_NM = gl.convert_layout(score_gradient_NM, score_left)
-    return key_result, value_result, share_left_NM, score_gradient_left_NM
-
-
-@gluon.jit
-def _single_pair(
-    key_Nd, value_Nd, key_result, value_result, share_left_NM, score_gradient_left_NM, is_event_N, is_whole, number,
-    pair, pending_at, pending_block, pending_place, query_sums, buffers, barriers, scale,
-    W: gl.constexpr, IS_FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Two tiles of 64 tokens; of the pair before, the queries' gradients, 64 rows a group of warps."""
-    key_result, value_result, share_left_NM, score_gradient_left_NM, part = _even_tile(
-        key_Nd, value_Nd, key_result, value_result, share_left_NM, score_gradient_left_NM, is_event_N, is_whole,
-        number, pair, pending_place, buffers, barriers, scale, W, IS_FIRST, D, STAGES,
-    )  # fmt: skip
-    return _odd_tile(
-        key_Nd, value_Nd, key_result, value_result, share_left_NM, score_gradient_left_NM, is_event_N, is_whole,
-        number + 1, pair, pending_at, pending_block, pending_place, part, query_sums, buffers, barriers, scale,
-        W, IS_FIRST, D, STAGES,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _single_consumer(
-    query_sums, key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale, padded,
-    W: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Gradients of 64 events a block, and of half the queries of each pair of tiles, summed over the block's events."""
-    query_buffers, gradient_buffers, _, _, key_buffers, value_buffers, score_buffers = buffers
-    block_ready, _, _, query_free, _, gradient_free, score_ready = barriers
-    dtype: gl.constexpr = key_buffers.dtype
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    score_left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    items = gl.load(counts + 1) * key_heads
-    number = 0
-    pair = 0
-    block_number = 0
-    pending_at = gl.to_tensor(0).to(gl.int64)
-    pending_block = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        at = plan + item // key_heads * _ENTRY_SIZE
-        first = gl.load(at)
-        end = gl.load(at + 1)
-        pairs_each = gl.cdiv(gl.load(at + 3), _TILE)
-        padded_row = gl.load(at + 4)
-        part = gl.load(at + 5)
-        blocks = gl.load(at + 6)
-        key_head = item % key_heads
-        item_at = (((part * key_heads + key_head) * group).to(gl.int64) * padded + padded_row + W * 64) * D
-        for block in range(blocks):
-            key_result = gl.zeros([64, D], gl.float32, layout)
-            value_result = gl.zeros([64, D], gl.float32, layout)
-            if pairs_each > 0:
-                place = block_number & 1
-                mbarrier.wait(block_ready.index(place), block_number // 2 & 1)
-                key_Nd = key_buffers.index(place).slice(W * 64, 64)
-                value_Nd = value_buffers.index(place).slice(W * 64, 64)
-                row_N = first + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, score_layout))
-                is_event_N = row_N < end
-                is_whole = first + W * 64 + 64 <= end
-                share_left_NM = gl.zeros([64, 64], dtype, score_left)
-                key_result, value_result, share_left_NM, score_gradient_left_NM = _single_pair(
-                    key_Nd, value_Nd, key_result, value_result, share_left_NM, share_left_NM, is_event_N, is_whole,
-                    number, pair, pending_at, pending_block, 1 - place, query_sums, buffers, barriers, scale,
-                    W, True, D, STAGES,
-                )  # fmt: skip
-                pending_at = item_at
-                pending_block = block
-                number += 2
-                pair += 1
-                left = pairs_each
-                for _pair in range(1, pairs_each * group):
-                    key_result, value_result, share_left_NM, score_gradient_left_NM = _single_pair(
-                        key_Nd, value_Nd, key_result, value_result, share_left_NM, score_gradient_left_NM, is_event_N,
-                        is_whole, number, pair, pending_at, pending_block, place, query_sums, buffers, barriers,
-                        scale, W, False, D, STAGES,
-                    )  # fmt: skip
-                    pending_at += _TILE * D
-                    left -= 1
-                    if left == 0:
-                        left = pairs_each
-                        pending_at += (padded - pairs_each * _TILE).to(gl.int64) * D
-                    number += 2
-                    pair += 1
-                last = (number + STAGES - 1) % STAGES
-                value_product = warpgroup_mma(share_left_NM, gradient_buffers.index(last), value_result, is_async=True)
-                key_product = warpgroup_mma(
-                    score_gradient_left_NM, query_buffers.index(last), key_result, is_async=True
-                )
-                block_number += 1
-                value_result, key_result = warpgroup_mma_wait(0, deps=[value_product, key_product])
-                mbarrier.arrive(gradient_free.index(last), count=1)
-                mbarrier.arrive(query_free.index(last), count=1)
-            _store_rows(value_gradient, value_result, first, end, key_heads, key_head, W, D)
-            _store_rows(key_gradient, key_result * scale, first, end, key_heads, key_head, W, D)
-            first += _TILE
-    if pair > 0:
-        turn = pair - 1
-        mbarrier.wait(score_ready.index(turn & 1), turn >> 1 & 1)
-        nothing_Md = gl.zeros([64, D], gl.float32, layout)
-        product = warpgroup_mma(
-            score_buffers.index((turn & 1) * 2 + W).permute((1, 0)), key_buffers.index(block_number - 1 & 1),
-            nothing_Md, use_acc=False, is_async=True,
-        )  # fmt: skip
-        part_Md = warpgroup_mma_wait(0, deps=[product])
-        _add_part(query_sums, pending_at, part_Md, pending_block, D, layout)
-
-
-@gluon.jit(do_not_specialize=["key_heads", "group"])
-def _single_kernel(
-    query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, query_sums, key_gradient, value_gradient,
-    plan, counts, key_heads, group, scale, padded,
-    D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """All gradients by 5 products: a program reads a request's tokens for each block of its part of the history."""
-    dtype: gl.constexpr = query_desc.dtype
-    query_buffers = gl.allocate_shared_memory(dtype, [STAGES, 64, D], query_desc.layout)
-    gradient_buffers = gl.allocate_shared_memory(dtype, [STAGES, 64, D], query_desc.layout)
-    lse_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 64], lse_desc.layout)
-    delta_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 64], lse_desc.layout)
-    key_buffers = gl.allocate_shared_memory(dtype, [2, _TILE, D], key_desc.layout)
-    value_buffers = gl.allocate_shared_memory(dtype, [2, _TILE, D], key_desc.layout)
-    score_buffers = gl.allocate_shared_memory(dtype, [4, _TILE, 64], gl.NVMMASharedLayout(128, 16, rank=2))
-    block_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    block_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    score_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    query_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    query_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    gradient_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    gradient_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(block_ready.index(i), count=1)
-        mbarrier.init(block_free.index(i), count=2)
-        mbarrier.init(score_ready.index(i), count=2)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(query_ready.index(i), count=1)
-        mbarrier.init(query_free.index(i), count=2)
-        mbarrier.init(gradient_ready.index(i), count=1)
-        mbarrier.init(gradient_free.index(i), count=2)
-    buffers = (query_buffers, gradient_buffers, lse_buffers, delta_buffers, key_buffers, value_buffers, score_buffers)
-    barriers = (block_ready, block_free, query_ready, query_free, gradient_ready, gradient_free, score_ready)
-    gl.warp_specialize(
-        [
-            (
-                _single_consumer,
-                (
-                    query_sums, key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale,
-                    padded, 0, D, STAGES,
-                ),
-            ),
-            (
-                _single_consumer,
-                (
-                    query_sums, key_gradient, value_gradient, buffers, barriers, plan, counts, key_heads, group, scale,
-                    padded, 1, D, STAGES,
-                ),
-            ),
-            (
-                _single_producer,
-                (
-                    query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, buffers, barriers, plan,
-                    counts, key_heads, group, padded, D, STAGES,
-                ),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["heads", "group"])
-def _sum_kernel(
-    query_sums, statistics, key_self, key_self_stride, query_gradient, plan, counts, heads, group, scale, padded, plane,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PART_BLOCKS: tl.constexpr, MOST_PARTS: tl.constexpr,
-):  # fmt: skip
-    """Gradients of queries of a head: of the candidates' own tokens, then of the history's parts in their order."""
-    shares: tl.constexpr = _TILE // ROWS
-    head = tl.program_id(0) % heads
-    share = tl.program_id(0) // heads % shares
-    tile = tl.program_id(0) // heads // shares
-    plane = plane.to(tl.int64)
-    if tile < tl.load(counts):
-        at = plan + tile * _ENTRY_SIZE
-        end = tl.load(at + 1)
-        events = tl.load(at + 3)
-        blocks = (events + _TILE - 1) // _TILE
-        each = _blocks_each(events, PART_BLOCKS, MOST_PARTS)
-        row_in_tile_M = share * ROWS + tl.arange(0, ROWS)
-        padded_M = head.to(tl.int64) * padded + tl.load(at + 4) + row_in_tile_M
-        row_M = (tl.load(at) + row_in_tile_M).to(tl.int64)
-        is_row_M = row_M < end
-        place_M = row_M % TOKENS
-        channel_d = tl.arange(0, D)
-        result = tl.zeros([ROWS, D], tl.float32)
-        for token in tl.static_range(TOKENS):
-            is_read_M = is_row_M & (token <= place_M)
-            score_gradient_M = tl.load(statistics + (2 + token) * plane + padded_M, is_read_M, 0.0)
-            offset = (row_M - place_M + token)[:, None] * key_self_stride + (head // group * D + channel_d)[None, :]
-            key_Md = tl.load(key_self + offset, is_read_M[:, None], 0.0)
-            result += score_gradient_M[:, None] * key_Md.to(tl.float32)
-        sums_at = query_sums + padded_M[:, None] * D + channel_d[None, :]
-        for part in tl.range(0, (blocks + each - 1) // each):
-            result += tl.load(sums_at + part * plane * D, is_row_M[:, None], 0.0)
-        result_at = query_gradient + (row_M * heads + head)[:, None] * D + channel_d[None, :]
-        tl.store(result_at, (result * scale).to(query_gradient.dtype.element_ty), is_row_M[:, None])
