@@ -293,11 +293,10 @@ def _store_rows(target, result_d, first, end, heads, head, W: gl.constexpr, D: g
     """Writes 64 rows of a head, those before the end, to [rows, heads, D], 16 bytes a thread."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     result_d = gl.convert_layout(result_d.to(target.dtype.element_ty), layout)
-    # Places hang on the item throughout: kept beside the accumulators from item to item they would be spilled.
-    row = first + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    channel_d = head * D + gl.arange(0, D, gl.SliceLayout(0, layout))
-    at = target + (row.to(gl.int64) * (heads * D))[:, None] + channel_d[None, :]
-    gl.store(at, result_d, (row < end)[:, None])
+    row = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    channel_d = gl.arange(0, D, gl.SliceLayout(0, layout))
+    at = target + (first.to(gl.int64) * heads + head) * D
+    gl.store(at + (row[:, None] * (heads * D) + channel_d[None, :]), result_d, (first + row < end)[:, None])
 
 
 # Gradients of queries

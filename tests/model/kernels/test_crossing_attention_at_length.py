@@ -14,7 +14,10 @@ import torch
 from model.kernels.crossing_attention import crossing_attention
 from tests.model.kernels.test_crossing_attention import NAMES, Case, assert_no_worse, poisoned, repeated, run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="histories of thousands of events need a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="histories of thousands of events need a GPU"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
+]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEADS = ((1, 1), (2, 1), (4, 2), (3, 3), (8, 2), (6, 1))
 
