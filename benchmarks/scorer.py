@@ -3,8 +3,9 @@
     python -m benchmarks.scorer --device cuda [--data FOLDER] [--only ml-1m|globo-news] [--seeds 0 1 2] [--no-record]
 
 A tower a seed, as benchmarks.quality trains them (with context, without live item features); then, on its frozen
-embeddings, three scorers, all begun at the dot product and chosen on held-out events:
+embeddings, four ways to score; the three that are trained begin at the dot product and are chosen on held-out events:
 
+    count      no model: the items most often chosen in the shortest window before the request (hour, month)
     late       the dot product, and counts of the item weighed linearly: no crossing of user and item
     crossing   the MLP over [user, item, user * item], no counts
     scorer     the MLP over [user, item, user * item, counts]: what `tower-train --scorer` makes, from its release
@@ -52,6 +53,7 @@ from model.training.evaluate import (
     excludes_seen,
     make_test_set,
     rank_scored,
+    recent_popularity_ranks,
     repeat_share,
 )
 from model.training.loop import tower_of_release, train
@@ -60,7 +62,7 @@ from model.training.settings import TrainSettings
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 SHORT: Final = {"ml-1m": "ml1m", "globo-news": "globo"}
-ARMS: Final = ("dot", "late", "crossing", "scorer")
+ARMS: Final = ("dot", "count", "late", "crossing", "scorer")
 KS: Final = (20, 100)
 LEAST_S: Final = 2.0
 """Of an arm's steps, however little time is left."""
@@ -198,6 +200,9 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             "catalogue": events.num_items,
         }  # fmt: skip
         one.keep("dot", candidates.ranks(user_BE, item_IE))
+        item_B, time_us_B = candidates.item_B, candidates.time_us_B
+        hours = min(scorer_config.windows_h)
+        one.keep("count", recent_popularity_ranks(events, item_B, time_us_B, hours, candidates.mask))
         data = ScorerData(release, table, kept, users, description, scorer_settings, settings)
         tell(f"{len(data.target):,} targets embedded, {len(data.held_out):,} held out")
         scalars = catalogue_scalars(events, scorer_config, release)
@@ -312,7 +317,7 @@ def entries(name: str, found: Sequence[Mapping[str, Any]], made: Mapping[str, An
     ours = cells["scorer"]
     seconds = statistics.mean(one["tower"]["train_seconds"] for one in found)
     steps = min(one["scorers"]["scorer"][-1]["step"] for one in found)
-    others = ", ".join(f"{arm} {cells[arm]['value']:.4f}" for arm in ("late", "crossing"))
+    others = ", ".join(f"{arm} {cells[arm]['value']:.4f}" for arm in ("count", "late", "crossing"))
     at_20 = made["all"]["recall@20"]
     return [
         {

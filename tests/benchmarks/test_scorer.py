@@ -19,16 +19,22 @@ def one_seed(seed: int, **ranks: list[int]) -> dict[str, Any]:
 
 
 FOUND = [
-    one_seed(0, dot=[1, 101, 200, 300], late=[1, 100, 200, 300], crossing=[1, 90, 80, 300], scorer=[1, 2, 3, 300]),
-    one_seed(1, dot=[1, 99, 200, 300], late=[1, 2, 200, 300], crossing=[1, 2, 200, 300], scorer=[1, 2, 3, 100]),
-]
+    one_seed(
+        0, dot=[1, 101, 200, 300], count=[1, 2, 200, 9], late=[1, 100, 200, 300], crossing=[1, 90, 80, 300],
+        scorer=[1, 2, 3, 300],
+    ),
+    one_seed(
+        1, dot=[1, 99, 200, 300], count=[1, 2, 200, 9], late=[1, 2, 200, 300], crossing=[1, 2, 200, 300],
+        scorer=[1, 2, 3, 100],
+    ),
+]  # fmt: skip
 
 
 def test_recall_and_differences_by_hand() -> None:
     made = summary(FOUND)
     cells = made["all"]["recall@100"]
     assert {arm: cell["value"] for arm, cell in cells.items()} == {
-        "dot": 0.375, "late": 0.5, "crossing": 0.625, "scorer": 0.875
+        "dot": 0.375, "count": 0.75, "late": 0.5, "crossing": 0.625, "scorer": 0.875
     }  # fmt: skip
     assert cells["scorer"]["seeds"] == [0.75, 1.0]
     assert cells["scorer"]["spread"] == pytest.approx(0.25 / 2**0.5)
