@@ -329,33 +329,37 @@ class Retrievals:
         rows.put_states(self.users[::2], world.a.state_version, world.b.state_version)
 
     def run(self, flips: int) -> tuple[int, int, int, set[int]]:
-        """(mixed replies, honest replies, refusals, epochs seen)."""
+        """(mixed replies, honest replies, refusals, epochs seen), of 40 requests or more after each flip."""
         registry = Registry(self.world.registry)
         stop = threading.Event()
+        replies: list[tuple[int, Retrieval | None]] = []
         with serving(self.world.registry, self.url, poll_ms=10.0) as (server, _), futures.ThreadPoolExecutor(3) as pool:
-            asking = [pool.submit(self._ask, server, offset, stop) for offset in range(3)]
+            asking = [pool.submit(self._ask, server, offset, replies, stop) for offset in range(3)]
             try:
                 for flip in range(flips):
                     epoch = registry.commit((self.world.b if flip % 2 == 0 else self.world.a).release_id).epoch
                     wait_until(lambda epoch=epoch: server.follower.pointer.epoch == epoch)
-                    stop.wait(0.1)
+                    enough = len(replies) + 40
+                    wait_until(lambda enough=enough: len(replies) >= enough or any(one.done() for one in asking), 30.0)
             finally:
                 stop.set()
-            replies = [reply for future in asking for reply in future.result(30)]
+            for future in asking:
+                future.result(30)
         found = [(user, reply) for user, reply in replies if reply is not None]
         oracle = self.world.oracle
         mixed = sum(not oracle.is_honest_retrieval(reply, user, self.K) for user, reply in found)
         return mixed, len(found) - mixed, len(replies) - len(found), {reply.epoch for _, reply in found}
 
-    def _ask(self, server: Server, offset: int, stop: threading.Event) -> list[tuple[int, Retrieval | None]]:
-        replies: list[tuple[int, Retrieval | None]] = []
+    def _ask(
+        self, server: Server, offset: int, replies: list[tuple[int, Retrieval | None]], stop: threading.Event
+    ) -> None:
         versions = itertools.cycle(["", self.world.a.embedding_version, "", self.world.b.embedding_version])
         with UserTowerClient(f"127.0.0.1:{server.port}", timeout_s=20) as client:
-            for user in itertools.cycle(self.users[offset:]):
+            for number, user in enumerate(itertools.cycle(self.users[offset:])):
                 if stop.is_set():
-                    return replies
+                    return
                 asked = next(versions)
-                reply = self._retrieve(client, user, asked, accept_previous=len(replies) % 3 == 0)
+                reply = self._retrieve(client, user, asked, accept_previous=number % 3 == 0)
                 assert reply is None or asked in ("", reply.embedding_version)
                 replies.append((user, reply))
         raise AssertionError("unreachable")
