@@ -33,7 +33,7 @@ test: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -rs
+	@$(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile
 
 proto: $(READY)
 	@$(BIN)/python -m grpc_tools.protoc --proto_path=online/generated=online --python_out=. --pyi_out=. \
