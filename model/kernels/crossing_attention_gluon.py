@@ -35,6 +35,7 @@ _LOG2_E: gl.constexpr = gl.constexpr(LOG2_E)
 _SCRATCH_LIMIT_BYTES = 256 << 20
 _ROWS: gl.constexpr = gl.constexpr(64)
 _MOST_RANKED = 32
+_FOLDED_ROWS = 8
 # Names that Triton 3.6 and later versions do not share.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -137,13 +138,15 @@ def hopper_forward(
         _descriptor(value_self, 64), query, query.stride(0), *self_pair,
         candidate_offsets, history_offsets, order, out, lse, part_GTHd, part_max_GTH, part_sum_GTH, num_tokens,
         **shared, KEYS=tiles.keys, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups, MOST_RANKED=_MOST_RANKED,
-        REGISTERS=worker_registers, IS_RANKED=requests <= _MOST_RANKED, IS_SPLIT=is_split,
+        REGISTERS=worker_registers, IS_RANKED=requests <= _MOST_RANKED, IS_ONE=requests == 1,
+        ARE_EVEN=len(history_key) == requests * (longest_history or 0), IS_SPLIT=is_split,
         IN_TURNS=tiles.in_turns and tiles.warpgroups == 2, num_warps=4, maxnreg=launch,
     )  # fmt: skip
     if is_split:
-        _fold_kernel[(triton.cdiv(num_tokens, 16) * heads,)](
+        _fold_kernel[(triton.cdiv(num_tokens, _FOLDED_ROWS) * heads,)](
             query, query.stride(0), *self_pair, candidate_offsets, history_offsets, out, lse,
-            part_GTHd, part_max_GTH, part_sum_GTH, num_tokens, **shared, num_warps=1, launch_pdl=True,
+            part_GTHd, part_max_GTH, part_sum_GTH, num_tokens, **shared, ROWS=_FOLDED_ROWS, num_warps=4,
+            launch_pdl=True,
         )  # fmt: skip
     return out, lse
 
@@ -217,10 +220,13 @@ def _order_kernel(
 
 
 @gluon.jit
-def _rank(candidate_offsets, history_offsets, requests, slot, ROWS: gl.constexpr, MOST: gl.constexpr):
+def _rank(
+    candidate_offsets, history_offsets, requests, slot, ROWS: gl.constexpr, MOST: gl.constexpr, ARE_EVEN: gl.constexpr
+):
     """First token of a slot as _order_kernel places them, end of its request's tokens, begin and length of its history.
 
-    Zeros past the last tile. Every warp works it out for itself, a lane for each request.
+    Zeros past the last tile. Every warp works it out for itself, a lane for each request. ARE_EVEN: all histories are
+    of one length, so that tiles stay in the order of their requests.
     """
     PAIRS: gl.constexpr = gl.BlockedLayout([1, MOST], [32, 1], [4, 1], [1, 0])
     r = gl.arange(0, MOST, gl.SliceLayout(1, PAIRS))
@@ -230,11 +236,11 @@ def _rank(candidate_offsets, history_offsets, requests, slot, ROWS: gl.constexpr
     length_r = gl.load(history_offsets + gl.minimum(r + 1, requests)) - history_r
     tiles_r = (end_r - begin_r + ROWS - 1) // ROWS
     q = gl.arange(0, MOST, gl.SliceLayout(0, PAIRS))
-    length_q = gl.convert_layout(length_r, gl.SliceLayout(0, PAIRS))
     tiles_q = gl.convert_layout(tiles_r, gl.SliceLayout(0, PAIRS))
-    is_before = (length_q[None, :] > length_r[:, None]) | (
-        (length_q[None, :] == length_r[:, None]) & (q[None, :] < r[:, None])
-    )
+    is_before = q[None, :] < r[:, None]
+    if not ARE_EVEN:
+        length_q = gl.convert_layout(length_r, gl.SliceLayout(0, PAIRS))
+        is_before = (length_q[None, :] > length_r[:, None]) | ((length_q[None, :] == length_r[:, None]) & is_before)
     zeros = gl.zeros([MOST, MOST], gl.int32, PAIRS)
     start_r = gl.sum(gl.where(is_before, tiles_q[None, :] + zeros, zeros), 1)
     is_mine = (start_r <= slot) & (slot < start_r + tiles_r)
@@ -272,25 +278,32 @@ def _own_of_tiles(query_tile, own_key, own_value, scale_log2, LAYOUT: gl.constex
 @gluon.jit
 def _read_own(
     query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M, head, key_head,
-    scale_log2, TOKENS: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr,
+    scale_log2, TOKENS: gl.constexpr, D: gl.constexpr, PRODUCTS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Largest score, sum of shares, and shares times values, of each row's own tokens up to itself, oldest first."""
+    """Largest score, sum of shares, and shares times values, of each row's own tokens up to itself, oldest first.
+
+    Results are in LAYOUT, as the rows are. PRODUCTS: where scores are summed, whose order it fixes.
+    """
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    product_row_M = gl.convert_layout(row_M, gl.SliceLayout(1, PRODUCTS))
+    is_product = gl.convert_layout(is_row_M, gl.SliceLayout(1, PRODUCTS))[:, None]
+    product_place_M = product_row_M % TOKENS
+    product_d = gl.arange(0, D, gl.SliceLayout(0, PRODUCTS))
+    query_at = query + product_row_M[:, None] * query_stride + head * D + product_d[None, :]
+    query_Md = gl.load(query_at, is_product, 0.0).to(gl.float32)
     channel_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-    is_row = is_row_M[:, None]
-    query_Md = gl.load(query + row_M[:, None] * query_stride + head * D + channel_d[None, :], is_row, 0.0)
-    query_Md = query_Md.to(gl.float32)
     place_M = row_M % TOKENS
     largest = gl.full([row_M.shape[0]], float("-inf"), gl.float32, ROW)
     total = gl.zeros([row_M.shape[0]], gl.float32, ROW)
     read = gl.zeros([row_M.shape[0], D], gl.float32, LAYOUT)
     for token in gl.static_range(TOKENS):
+        own_M = product_row_M - product_place_M + token
+        key_at = key_self + own_M[:, None] * key_self_stride + key_head * D + product_d[None, :]
+        key_Md = gl.load(key_at, is_product, 0.0).to(gl.float32)
         own_M = row_M - place_M + token
-        key_at = key_self + own_M[:, None] * key_self_stride + key_head * D + channel_d[None, :]
         value_at = value_self + own_M[:, None] * value_self_stride + key_head * D + channel_d[None, :]
-        key_Md = gl.load(key_at, is_row, 0.0).to(gl.float32)
-        value_Md = gl.load(value_at, is_row, 0.0).to(gl.float32)
-        score_M = gl.sum(query_Md * key_Md, 1) * scale_log2
+        value_Md = gl.load(value_at, is_row_M[:, None], 0.0).to(gl.float32)
+        score_M = gl.convert_layout(gl.sum(query_Md * key_Md, 1) * scale_log2, ROW)
         score_M = gl.where(token <= place_M, score_M, float("-inf"))
         new_largest = gl.maximum(largest, score_M)
         shrink_M = gl.exp2(largest - new_largest)
@@ -521,6 +534,8 @@ def _attend(
                 query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
                 w, KEYS, D, IN_TURNS,
             )  # fmt: skip
+            # Not before: programs that fold would crowd on the few multiprocessors that are free, and wait there.
+            _allow_next(first)
             at_M = (row_M + first_chunk * num_tokens) * heads + head
             channel_d = gl.arange(0, D, gl.SliceLayout(0, READ))
             gl.store(part_max + at_M, largest, is_row_M)
@@ -539,7 +554,7 @@ def _attend(
             else:
                 largest, total, read = _read_own(
                     query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M,
-                    head, key_head, scale_log2, TOKENS, D, READ,
+                    head, key_head, scale_log2, TOKENS, D, READ, READ,
                 )  # fmt: skip
                 mbarrier.wait(query_full.index(w), 0)
             totals.index(w).store(read)
@@ -586,16 +601,19 @@ def _forward_kernel(
     num_tokens, heads, group, requests, scale_log2,
     TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, MOST_RANKED: gl.constexpr, REGISTERS: gl.constexpr, IS_RANKED: gl.constexpr,
-    IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr,
+    IS_ONE: gl.constexpr, ARE_EVEN: gl.constexpr, IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """Tokens of one tile and head over the whole history; where it is split, over one chunk, left in `part`."""
     slot = gl.program_id(0) // heads
     head = gl.program_id(0) % heads
-    if IS_SPLIT:
-        _allow_next(slot)
-    if IS_RANKED:
+    if IS_ONE:
+        first = gl.load(candidate_offsets) + slot * (WARPGROUPS * _ROWS)
+        end = gl.load(candidate_offsets + 1)
+        history_begin = gl.load(history_offsets)
+        length = gl.load(history_offsets + 1) - history_begin
+    elif IS_RANKED:
         first, end, history_begin, length = _rank(
-            candidate_offsets, history_offsets, requests, slot, WARPGROUPS * _ROWS, MOST_RANKED
+            candidate_offsets, history_offsets, requests, slot, WARPGROUPS * _ROWS, MOST_RANKED, ARE_EVEN
         )
     else:
         request = gl.load(order + 2 * slot)
@@ -670,9 +688,9 @@ def _load_part(part, part_max, part_sum, row_M, chunks_M, chunk, num_tokens, hea
     channel_d = gl.arange(0, D, gl.SliceLayout(0, row_M.type.layout.parent))
     has_chunk_M = chunk < chunks_M
     at_M = (row_M + chunk * num_tokens) * heads + head
-    largest = gl.load(part_max + at_M, has_chunk_M, float("-inf"))
-    total = gl.load(part_sum + at_M, has_chunk_M, 0.0)
     read = gl.load(part + at_M[:, None] * D + channel_d[None, :], has_chunk_M[:, None], 0.0)
+    total = gl.load(part_sum + at_M, has_chunk_M, 0.0)
+    largest = gl.load(part_max + at_M, has_chunk_M, float("-inf"))
     return largest, total, read
 
 
@@ -680,40 +698,42 @@ def _load_part(part, part_max, part_sum, row_M, chunks_M, chunk, num_tokens, hea
 def _fold_kernel(
     query, query_stride, key_self, value_self, key_self_stride, value_self_stride, candidate_offsets, history_offsets,
     out, lse, part, part_max, part_sum, num_tokens, heads, group, requests, scale_log2,
-    TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr,
+    TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """16 rows of a head, of any requests: their own tokens, then the chunks in their order, as _attend does it."""
-    READ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [1, 1], [16, D, 16])
-    ROW: gl.constexpr = gl.SliceLayout(1, READ)
-    PAIRS: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [1, 1], [1, 0])
+    """ROWS rows of a head, of any requests: their own tokens, then the chunks in their order, as _attend does it."""
+    PRODUCTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [4, 1], [1, 0])
+    ROW: gl.constexpr = gl.SliceLayout(1, WIDE)
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, ROWS], [1, 32], [4, 1], [1, 0])
     head = gl.program_id(0) % heads
-    first = gl.program_id(0) // heads * 16
-    row_M = first + gl.arange(0, 16, gl.SliceLayout(1, PAIRS))
+    first = gl.program_id(0) // heads * ROWS
+    row_M = first + gl.arange(0, ROWS, gl.SliceLayout(1, PAIRS))
     request_M = row_M * 0 - 1
     for low in range(0, requests, 32):
         q = low + gl.arange(0, 32, gl.SliceLayout(0, PAIRS))
         begin_q = gl.load(candidate_offsets + q, q < requests, 0x7FFFFFFF)
         request_M += gl.sum((begin_q[None, :] <= row_M[:, None]).to(gl.int32), 1)
     request_M = gl.convert_layout(request_M, ROW)
-    row_M = (first + gl.arange(0, 16, ROW)).to(gl.int64)
+    row_M = (first + gl.arange(0, ROWS, ROW)).to(gl.int64)
     is_row_M = row_M < num_tokens
     length_M = gl.load(history_offsets + request_M + 1) - gl.load(history_offsets + request_M)
     chunks_M = gl.where(is_row_M, (length_M + CHUNK - 1) // CHUNK, 0)
     largest, total, read = _read_own(
         query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M, head,
-        head // group, scale_log2, TOKENS, D, READ,
+        head // group, scale_log2, TOKENS, D, PRODUCTS, WIDE,
     )  # fmt: skip
+    most_chunks = gl.max(chunks_M, 0)
     _wait_for_last(first)
-    AT_ONCE: gl.constexpr = 256 // D  # as many as registers hold
-    for chunk in range(0, gl.max(chunks_M, 0), AT_ONCE):
-        one = _load_part(part, part_max, part_sum, row_M, chunks_M, chunk, num_tokens, head, heads, D)
-        two = _load_part(part, part_max, part_sum, row_M, chunks_M, chunk + 1, num_tokens, head, heads, D)
-        if AT_ONCE == 4:
-            three = _load_part(part, part_max, part_sum, row_M, chunks_M, chunk + 2, num_tokens, head, heads, D)
-            four = _load_part(part, part_max, part_sum, row_M, chunks_M, chunk + 3, num_tokens, head, heads, D)
-        largest, total, read = _fold(largest, total, read, one[0], one[1], one[2])
-        largest, total, read = _fold(largest, total, read, two[0], two[1], two[2])
-        if AT_ONCE == 4:
-            largest, total, read = _fold(largest, total, read, three[0], three[1], three[2])
-            largest, total, read = _fold(largest, total, read, four[0], four[1], four[2])
-    _store(out, lse, row_M, is_row_M, head, heads, largest, total, read, D, READ)
+    AT_ONCE: gl.constexpr = 1024 // D
+    for chunk in range(0, most_chunks, AT_ONCE):
+        parts = ()
+        highest = largest
+        for i in gl.static_range(AT_ONCE):
+            left = _load_part(part, part_max, part_sum, row_M, chunks_M, chunk + i, num_tokens, head, heads, D)
+            parts = parts + (left,)
+            highest = gl.maximum(highest, left[0])
+        # Changes nothing, but ptxas then loads all of them before it folds the first.
+        largest = gl.where(highest == float("inf"), highest, largest)
+        for i in gl.static_range(AT_ONCE):
+            largest, total, read = _fold(largest, total, read, parts[i][0], parts[i][1], parts[i][2])
+    _store(out, lse, row_M, is_row_M, head, heads, largest, total, read, D, WIDE)
