@@ -730,7 +730,7 @@ def _fold_kernel(
         highest = largest
         for i in gl.static_range(AT_ONCE):
             left = _load_part(part, part_max, part_sum, row_M, chunks_M, chunk + i, num_tokens, head, heads, D)
-            parts = parts + (left,)
+            parts += (left,)  # type: ignore[assignment]
             highest = gl.maximum(highest, left[0])
         # Changes nothing, but ptxas then loads all of them before it folds the first.
         largest = gl.where(highest == float("inf"), highest, largest)

@@ -346,6 +346,29 @@ def test_hopper_has_the_same_bits_alone_and_however_work_is_shared_out(head_dim:
             assert all(torch.equal(one, two[single]) for one, two in zip(found, company, strict=True))
 
 
+@needs_hopper
+@pytest.mark.parametrize("requests", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_has_the_same_bits_for_histories_of_one_length(head_dim: int, tokens: int, requests: int) -> None:
+    """Told so by the host, or not; of more chunks than are folded at once; right besides."""
+    length = 17 * 2048 + 300
+    case = Case([70, 1, 9][:requests], [length] * requests, tokens, head_dim=head_dim, dtype=torch.bfloat16)
+    inputs = [x.to(DEVICE) for x in case.draw()[:5]]
+    offsets = [x.to(DEVICE) for x in case.offsets()]
+    found = [
+        crossing_attention_kernel(
+            *inputs, *offsets, tokens=tokens, longest_history=longest,
+            tiles=replace(choose_hopper_tiles(head_dim), is_split=is_split),
+        )
+        for longest in (length, None) for is_split in (False, True)
+    ]  # fmt: skip
+    for others in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(others, found[0], strict=True))
+    wanted = crossing_attention_reference(*(x.double() for x in inputs), *offsets, tokens=tokens)[0]
+    assert float((found[0][0] - wanted).norm() / wanted.norm()) < 1e-2
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_a_cuda_graph_holds_it_whatever_the_lengths() -> None:
     """Captured with some offsets, replayed with others of the same shapes: nothing of them was read on the host."""
