@@ -126,9 +126,9 @@ def hopper_forward(
     query, history_key, history_value = _for_tma(query), _for_tma(history_key), _for_tma(history_value)
     key_self, value_self = _for_tma(key_self), _for_tma(value_self)
     shared = {
-        "heads": heads, "group": heads // key_self.shape[1], "requests": requests,
-        "scale_log2": channels**-0.5 * LOG2_E, "TOKENS": tokens, "D": channels, "CHUNK": tiles.chunk,
-        "enable_fp_fusion": False,
+        "num_tokens": num_tokens, "events": len(history_key), "heads": heads, "group": heads // key_self.shape[1],
+        "requests": requests, "scale_log2": channels**-0.5 * LOG2_E, "TOKENS": tokens, "D": channels,
+        "CHUNK": tiles.chunk, "IS_ONE": requests == 1, "enable_fp_fusion": False,
     }  # fmt: skip
     self_pair = (key_self, value_self, key_self.stride(0), value_self.stride(0))
     launch, worker_registers = _registers(tiles)
@@ -136,17 +136,16 @@ def hopper_forward(
         _descriptor(query, 64), _descriptor(history_key if len(history_key) else query, tiles.keys),
         _descriptor(history_value if len(history_value) else query, tiles.keys), _descriptor(key_self, 64),
         _descriptor(value_self, 64), query, query.stride(0), *self_pair,
-        candidate_offsets, history_offsets, order, out, lse, part_GTHd, part_max_GTH, part_sum_GTH, num_tokens,
+        candidate_offsets, history_offsets, order, out, lse, part_GTHd, part_max_GTH, part_sum_GTH,
         **shared, KEYS=tiles.keys, STAGES=tiles.stages, WARPGROUPS=tiles.warpgroups, MOST_RANKED=_MOST_RANKED,
-        REGISTERS=worker_registers, IS_RANKED=requests <= _MOST_RANKED, IS_ONE=requests == 1,
+        REGISTERS=worker_registers, IS_RANKED=requests <= _MOST_RANKED,
         ARE_EVEN=len(history_key) == requests * (longest_history or 0), IS_SPLIT=is_split,
         IN_TURNS=tiles.in_turns and tiles.warpgroups == 2, num_warps=4, maxnreg=launch,
     )  # fmt: skip
     if is_split:
         _fold_kernel[(triton.cdiv(num_tokens, _FOLDED_ROWS) * heads,)](
             query, query.stride(0), *self_pair, candidate_offsets, history_offsets, out, lse,
-            part_GTHd, part_max_GTH, part_sum_GTH, num_tokens, **shared, ROWS=_FOLDED_ROWS, num_warps=4,
-            launch_pdl=True,
+            part_GTHd, part_max_GTH, part_sum_GTH, **shared, ROWS=_FOLDED_ROWS, num_warps=4, launch_pdl=True,
         )  # fmt: skip
     return out, lse
 
@@ -594,11 +593,11 @@ def _attend(
 
 
 # One code, and so the same bits, whatever the counts.
-@gluon.jit(do_not_specialize=["num_tokens", "requests"])
+@gluon.jit(do_not_specialize=["num_tokens", "events", "requests"])
 def _forward_kernel(
     query_desc, key_desc, value_desc, own_key_desc, own_value_desc, query, query_stride, key_self, value_self,
     key_self_stride, value_self_stride, candidate_offsets, history_offsets, order, out, lse, part, part_max, part_sum,
-    num_tokens, heads, group, requests, scale_log2,
+    num_tokens, events, heads, group, requests, scale_log2,
     TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, MOST_RANKED: gl.constexpr, REGISTERS: gl.constexpr, IS_RANKED: gl.constexpr,
     IS_ONE: gl.constexpr, ARE_EVEN: gl.constexpr, IS_SPLIT: gl.constexpr, IN_TURNS: gl.constexpr,
@@ -607,10 +606,11 @@ def _forward_kernel(
     slot = gl.program_id(0) // heads
     head = gl.program_id(0) % heads
     if IS_ONE:
-        first = gl.load(candidate_offsets) + slot * (WARPGROUPS * _ROWS)
-        end = gl.load(candidate_offsets + 1)
-        history_begin = gl.load(history_offsets)
-        length = gl.load(history_offsets + 1) - history_begin
+        # Its offsets are known: 0 and all.
+        first = slot * (WARPGROUPS * _ROWS)
+        end = num_tokens
+        history_begin = 0
+        length = events
     elif IS_RANKED:
         first, end, history_begin, length = _rank(
             candidate_offsets, history_offsets, requests, slot, WARPGROUPS * _ROWS, MOST_RANKED, ARE_EVEN
@@ -694,11 +694,11 @@ def _load_part(part, part_max, part_sum, row_M, chunks_M, chunk, num_tokens, hea
     return largest, total, read
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "requests"])
+@gluon.jit(do_not_specialize=["num_tokens", "events", "requests"])
 def _fold_kernel(
     query, query_stride, key_self, value_self, key_self_stride, value_self_stride, candidate_offsets, history_offsets,
-    out, lse, part, part_max, part_sum, num_tokens, heads, group, requests, scale_log2,
-    TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr,
+    out, lse, part, part_max, part_sum, num_tokens, events, heads, group, requests, scale_log2,
+    TOKENS: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr, IS_ONE: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a head, of any requests: their own tokens, then the chunks in their order, as _attend does it."""
     PRODUCTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -707,22 +707,26 @@ def _fold_kernel(
     PAIRS: gl.constexpr = gl.BlockedLayout([1, ROWS], [1, 32], [4, 1], [1, 0])
     head = gl.program_id(0) % heads
     first = gl.program_id(0) // heads * ROWS
-    row_M = first + gl.arange(0, ROWS, gl.SliceLayout(1, PAIRS))
-    request_M = row_M * 0 - 1
-    for low in range(0, requests, 32):
-        q = low + gl.arange(0, 32, gl.SliceLayout(0, PAIRS))
-        begin_q = gl.load(candidate_offsets + q, q < requests, 0x7FFFFFFF)
-        request_M += gl.sum((begin_q[None, :] <= row_M[:, None]).to(gl.int32), 1)
-    request_M = gl.convert_layout(request_M, ROW)
     row_M = (first + gl.arange(0, ROWS, ROW)).to(gl.int64)
     is_row_M = row_M < num_tokens
-    length_M = gl.load(history_offsets + request_M + 1) - gl.load(history_offsets + request_M)
-    chunks_M = gl.where(is_row_M, (length_M + CHUNK - 1) // CHUNK, 0)
+    if IS_ONE:
+        most_chunks = (events + CHUNK - 1) // CHUNK
+        chunks_M = gl.where(is_row_M, most_chunks, 0)
+    else:
+        pair_row_M = first + gl.arange(0, ROWS, gl.SliceLayout(1, PAIRS))
+        request_M = pair_row_M * 0 - 1
+        for low in range(0, requests, 32):
+            q = low + gl.arange(0, 32, gl.SliceLayout(0, PAIRS))
+            begin_q = gl.load(candidate_offsets + q, q < requests, 0x7FFFFFFF)
+            request_M += gl.sum((begin_q[None, :] <= pair_row_M[:, None]).to(gl.int32), 1)
+        request_M = gl.convert_layout(request_M, ROW)
+        length_M = gl.load(history_offsets + request_M + 1) - gl.load(history_offsets + request_M)
+        chunks_M = gl.where(is_row_M, (length_M + CHUNK - 1) // CHUNK, 0)
+        most_chunks = gl.max(chunks_M, 0)
     largest, total, read = _read_own(
         query, query_stride, key_self, value_self, key_self_stride, value_self_stride, row_M, is_row_M, head,
         head // group, scale_log2, TOKENS, D, PRODUCTS, WIDE,
     )  # fmt: skip
-    most_chunks = gl.max(chunks_M, 0)
     _wait_for_last(first)
     AT_ONCE: gl.constexpr = 1024 // D
     for chunk in range(0, most_chunks, AT_ONCE):
