@@ -17,7 +17,11 @@ def make_rows(count: int) -> ItemRows:
     random = torch.Generator().manual_seed(0)
     item_NE = torch.nn.functional.normalize(torch.randn(count, 16, generator=random), dim=1)
     return ItemRows.build(
-        "v", Layout(embedding_dim=16, scalars=2), list(range(count)), item_NE, scalar_RS=torch.rand(count, 2)
+        "v",
+        Layout(embedding_dim=16, scalars=2),
+        list(range(count)),
+        item_NE,
+        scalar_RS=torch.rand(count, 2, generator=random),
     )
 
 
