@@ -8,10 +8,12 @@ each an item of the catalogue drawn evenly, with its counts, plus normal noise, 
 as the way to its nearest neighbour, brought back to the tower's length. Users: 256 requests of the test day.
 
 Rows are coded to the nearest, and by `model.retrieval.rounding` for the users of 512 requests of the 24 hours before
-the test day. The overlap of float32 rows is what bfloat16's own rounding leaves. Each figure is kept when it is there.
+the test day. The overlap of float32 rows is what bfloat16's own rounding leaves, the MLP then computed in float32, too.
+Each figure is kept when it is there.
 """
 
 import argparse
+import copy
 import json
 import tempfile
 import time
@@ -155,8 +157,8 @@ def overlaps(
 ) -> Iterator[tuple[str, float]]:
     """The name of each kind of rows, and what it shares of the best k that bfloat16 rows give."""
     wanted_BK = best_rows(rows, scorer, user_BE, k, device, torch.bfloat16)
-    if isinstance(scorer, DotScorer):
-        yield "float32", shared(best_rows(rows, scorer, user_BE, k, device, torch.float32), wanted_BK)
+    exact = copy.deepcopy(scorer).float()
+    yield "float32", shared(best_rows(rows, exact, user_BE, k, device, torch.float32), wanted_BK)
     for name, dtype in KINDS.items():
         yield f"{name}, to the nearest", shared(best_rows(rows, scorer, user_BE, k, device, dtype), wanted_BK)
         yield name, shared(best_rows(rows, scorer, user_BE, k, device, dtype, sample_UE), wanted_BK)

@@ -10,6 +10,8 @@ import torch
 from model.errors import ShapeError
 
 MAX_SCALARS = 16
+MOST_HIDDEN = 65504.0
+"""The largest of float16: the first layer's values are kept up to here."""
 LEAST_EMBEDDING, LEAST_HIDDEN = 64, 16
 """Least widths; all are powers of two. Four 16-byte loads, and what a matrix unit takes."""
 
@@ -22,7 +24,7 @@ class InteractionWeights:
     """bf16 [3 E + S, H]: rows of the user, the item, their product, the scalars."""
     bias_H: torch.Tensor
     second_HG: torch.Tensor
-    """bf16 [H, G], contiguous."""
+    """bf16 or f16 [H, G], contiguous. The first layer's values are rounded to its dtype: f16 has three bits more."""
     second_bias_G: torch.Tensor
     out_TG: torch.Tensor
     out_bias_T: torch.Tensor

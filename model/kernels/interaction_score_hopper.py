@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from model.kernels.interaction_score import MAX_SCALARS, InteractionWeights, ItemFeatures
+from model.kernels.interaction_score import MAX_SCALARS, MOST_HIDDEN, InteractionWeights, ItemFeatures
 from model.kernels.interaction_score_triton import Folded, vector_of
 from model.kernels.slate_triton import BINS, NO_KEY, Rules, Work
 
@@ -29,6 +29,7 @@ SHARED_BYTES = 227 * 1024
 _SCALARS: gl.constexpr = gl.constexpr(MAX_SCALARS)
 _BINS: gl.constexpr = gl.constexpr(BINS)
 _NO_KEY: gl.constexpr = gl.constexpr(NO_KEY)
+_MOST: gl.constexpr = gl.constexpr(MOST_HIDDEN)
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its names up to Triton 3.6 and after
 
 
@@ -110,12 +111,12 @@ def _as_left_operand(rows, OPERAND: gl.constexpr, VECTOR: gl.constexpr):
 
 @gluon.jit
 def _share(at, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr):
-    """A bf16 matrix on its way to shared memory, as the matrix units read a right operand."""
+    """A matrix of 16-bit numbers on its way to shared memory, as the matrix units read a right operand."""
     ACROSS: gl.constexpr = min(32, WIDTH // 8)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     row = gl.arange(0, HEIGHT, gl.SliceLayout(1, LAYOUT))[:, None]
-    matrix = gl.allocate_shared_memory(gl.bfloat16, [HEIGHT, WIDTH], SHARED)
+    matrix = gl.allocate_shared_memory(at.dtype.element_ty, [HEIGHT, WIDTH], SHARED)
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
     async_copy.async_copy_global_to_shared(matrix, at + row * WIDTH + column)
     return matrix
@@ -171,8 +172,6 @@ def _score_kernel(
         if IS_SCALED:
             at = gl.minimum(tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, FIRST)), count - 1)
             scale = gl.load(scale_N + at)
-            inverse = gl.convert_layout(1.0 / scale, gl.SliceLayout(1, scalar.type.layout))
-            scalar = (scalar.to(gl.float32) * inverse[:, None]).to(gl.bfloat16)
         if HAS_DOT:
             at_dot = gl.minimum(tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SECOND)), count - 1)
             product = gl.load(dot_BN + request.to(gl.int64) * dot_stride + at_dot)
@@ -183,14 +182,15 @@ def _score_kernel(
             stamp = gl.load(stamp_BN + at_key)
         left = _as_left_operand(item, FIRST_LEFT, VECTOR).to(gl.bfloat16)
         hidden = warpgroup_mma(left, first, first_zeros, use_acc=False, is_async=True)
+        if IS_SCALED:
+            hidden = warpgroup_mma_wait(0, deps=[hidden]) * scale[:, None]
         left = _as_left_operand(scalar, FIRST_LEFT, 4)
         hidden = warpgroup_mma(left, first_of_scalars, hidden, is_async=True)
         hidden = warpgroup_mma_wait(0, deps=[hidden])
         item = _load_rows(embedding_NE, STRIDE, (tile + step) * ROWS, count, E, VECTOR, WARPS)
         scalar = _load_rows(scalar_NS, SCALAR_STRIDE, (tile + step) * ROWS, count, _SCALARS, 4, WARPS)
-        if IS_SCALED:
-            hidden = hidden * scale[:, None]
-        hidden = gl.maximum(hidden + bias.load(gl.SliceLayout(0, FIRST))[None, :], 0.0).to(gl.bfloat16)
+        hidden = gl.maximum(hidden + bias.load(gl.SliceLayout(0, FIRST))[None, :], 0.0)
+        hidden = gl.minimum(hidden, _MOST).to(second_HG.dtype.element_ty)
         last = warpgroup_mma(gl.convert_layout(hidden, SECOND_LEFT), second, second_zeros, use_acc=False, is_async=True)
         last = warpgroup_mma_wait(0, deps=[last])
         last = gl.maximum(last + second_bias.load(gl.SliceLayout(0, SECOND))[None, :], 0.0)

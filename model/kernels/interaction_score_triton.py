@@ -18,10 +18,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from model.kernels.dot_score_triton import dot_scores
-from model.kernels.interaction_score import MAX_SCALARS, InteractionWeights, ItemFeatures, check_shapes
+from model.kernels.interaction_score import MAX_SCALARS, MOST_HIDDEN, InteractionWeights, ItemFeatures, check_shapes
 
 _IS_INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _SCALARS: tl.constexpr = tl.constexpr(MAX_SCALARS)
+_MOST: tl.constexpr = tl.constexpr(MOST_HIDDEN)
 _SCALAR_VECTOR: tl.constexpr = tl.constexpr(4)
 FOLDED_ROWS = 64
 """Rows of the folded weights that a program writes; a divisor of all widths."""
@@ -191,11 +192,8 @@ def _score_kernel(
         last_place = tl.arange(0, _SCALARS)
         column = column_of(last_place, _SCALAR_VECTOR)[None, :]
         scalar = tl.load(scalar_NS + at[:, None] * scalar_stride + column, column < scalars, 0.0)
-        if IS_SCALED:
-            scale = tl.load(scale_N + at)
-            scalar = (scalar.to(tl.float32) / scale[:, None]).to(tl.bfloat16)
         weight_of_scalar = tl.load(weight + (E + last_place[:, None]) * H + unit[None, :])
-        hidden = _dot(scalar, weight_of_scalar, tl.zeros([ROWS, H], tl.float32))
+        hidden = tl.zeros([ROWS, H], tl.float32)
         STEP: tl.constexpr = min(E, 64)
         for start in tl.range(0, E, STEP):
             place = start + tl.arange(0, STEP)
@@ -203,8 +201,10 @@ def _score_kernel(
             item = item.to(tl.float32).to(tl.bfloat16)  # the interpreter takes an int8 no other way
             hidden = _dot(item, tl.load(weight + place[:, None] * H + unit[None, :]), hidden)
         if IS_SCALED:
-            hidden = hidden * scale[:, None]
-        hidden = tl.maximum(hidden + tl.load(bias_BH + request * H + unit)[None, :], 0.0).to(tl.bfloat16)
+            hidden = hidden * tl.load(scale_N + at)[:, None]
+        hidden = _dot(scalar, weight_of_scalar, hidden)
+        hidden = tl.maximum(hidden + tl.load(bias_BH + request * H + unit)[None, :], 0.0)
+        hidden = tl.minimum(hidden, _MOST).to(second_HG.dtype.element_ty)
         second = tl.arange(0, G)
         weight_of_second = tl.load(second_HG + unit[:, None] * G + second[None, :])
         last = _dot(hidden, weight_of_second, tl.zeros([ROWS, G], tl.float32))

@@ -407,7 +407,7 @@ def interaction_weights(scorer: Any, table: ItemTable) -> InteractionWeights | N
         return None
     return InteractionWeights(
         scorer.weight_IH.detach().contiguous(), scorer.bias_H.detach().float(),
-        scorer.second.weight.detach().T.contiguous(), scorer.second.bias.detach().float(),
+        scorer.second.weight.detach().T.half().contiguous(), scorer.second.bias.detach().float(),
         scorer.out.weight.detach().float().contiguous(), scorer.out.bias.detach().float(),
         None if scorer.dot_T is None else scorer.dot_T.detach().float(),
     )  # fmt: skip

@@ -18,27 +18,31 @@ LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 LEAST_SCALE = 1e-30
 DAMPING = 0.01
 """Of H's mean eigenvalue, added to all: users to come lie a little otherwise than the sample."""
-ITEMS_PER_USER = 64
-"""Of a sample, whose scores' gradients make H."""
+DRAWN, BEST = 2048, 32
+"""Of a sample's user: items drawn, and how many of them, with the highest scores, have gradients that make H."""
 
 
 def sensitivity(scorer: Any, user_UE: torch.Tensor, feature_NF: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """H: f64 [E, E], the mean of g g^T over gradients of scores by the item's embedding, each of length 1.
 
-    scorer: as `scorer.Scorer`, its `logits` where it has them. user_UE: float, a sample of users. feature_NF: float,
-    items; each user gets a few of them, drawn with the seed. A dot product's gradient is the user.
+    They are taken where errors change an answer: at the best of the items that are drawn for each user, with the seed.
+
+    scorer: as `scorer.Scorer`, its `logits` where it has them; of several tasks, their sum. user_UE: float, a sample of
+    users. feature_NF: float, items. A dot product's gradient is the user.
     """
-    items, width = min(ITEMS_PER_USER, len(feature_NF)), user_UE.shape[1]
+    drawn, best, width = min(DRAWN, len(feature_NF)), min(BEST, len(feature_NF)), user_UE.shape[1]
     random = torch.Generator().manual_seed(seed)
     total_EE = torch.zeros(width, width, dtype=torch.float64, device=user_UE.device)
     score = getattr(scorer, "logits", scorer)
     with torch.inference_mode(False), torch.enable_grad():
         for user_E in user_UE.detach().float().clone():
-            place = torch.randint(len(feature_NF), (items,), generator=random).to(feature_NF.device)
-            feature_MF = feature_NF[place].float().clone().requires_grad_()
+            feature_MF = feature_NF[torch.randint(len(feature_NF), (drawn,), generator=random).to(feature_NF.device)]
+            with torch.no_grad():
+                score_M = score(user_E[None], feature_MF.float()).float().sum((0, 1))
+            feature_MF = feature_MF[score_M.topk(best).indices].float().clone().requires_grad_()
             (gradient_MF,) = torch.autograd.grad(score(user_E[None], feature_MF).float().sum(), feature_MF)
             gradient_ME = torch.nn.functional.normalize(gradient_MF[:, :width].double(), dim=1)
-            total_EE += gradient_ME.T @ gradient_ME / items
+            total_EE += gradient_ME.T @ gradient_ME / best
     return total_EE / len(user_UE)
 
 

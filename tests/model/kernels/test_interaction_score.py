@@ -15,7 +15,15 @@ INT8, FP8 = torch.int8, torch.float8_e4m3fn
 
 
 def draw_weights(
-    width: int, scalars: int, hidden: int, second: int, tasks: int = 1, seed: int = 0, *, has_dot: bool = False
+    width: int,
+    scalars: int,
+    hidden: int,
+    second: int,
+    tasks: int = 1,
+    seed: int = 0,
+    *,
+    has_dot: bool = False,
+    dtype: torch.dtype = torch.float16,
 ) -> InteractionWeights:
     random = torch.Generator().manual_seed(seed)
 
@@ -24,7 +32,7 @@ def draw_weights(
 
     return InteractionWeights(
         normal(3 * width + scalars, hidden, scale=width**-0.5, dtype=torch.bfloat16), normal(hidden, scale=0.1),
-        normal(hidden, second, scale=hidden**-0.5, dtype=torch.bfloat16), normal(second, scale=0.1),
+        normal(hidden, second, scale=hidden**-0.5, dtype=dtype), normal(second, scale=0.1),
         normal(tasks, second, scale=second**-0.5), normal(tasks),
         normal(tasks, scale=width**-0.5) if has_dot else None,
     )  # fmt: skip
@@ -74,6 +82,46 @@ def test_scores_are_those_of_the_formula(
     assert count == 1 or float(wanted_BTN.std()) > 0.02
     assert float((score_BTN - wanted_BTN).abs().max()) < 5e-3
     assert float((score_BTN - wanted_BTN).norm() / wanted_BTN.norm()) < 3e-3
+
+
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+def test_scalars_are_not_rounded_again_beside_codes(dtype: torch.dtype) -> None:
+    """Weights and scalars are exact in what the kernel multiplies: scores are off by float32 sums, not by a rounding.
+
+    The row's embedding is read with no weight, so its scale, far from a power of two, is all that could do harm.
+    """
+    weights, items = draw_weights(64, 16, 16, 16), draw_items(60, 64, 16, dtype)
+    weights.first_IH[: 3 * 64] = 0
+    weights.first_IH[3 * 64 :] = torch.eye(16)
+    weights.second_HG.copy_(torch.eye(16))
+    weights.bias_H.zero_()
+    user_BE = torch.ones(1, 64, device=DEVICE)
+    score_BTN = torch.empty(1, 1, 60, device=DEVICE)
+    interaction_scores_kernel(user_BE, items, weights, score_BTN=score_BTN)
+    wanted_BTN = interaction_scores_reference(user_BE, items, weights)
+    assert float((score_BTN - wanted_BTN).abs().max()) < 1e-5
+
+
+def test_a_first_layer_in_float_16_errs_less_than_in_bfloat_16() -> None:
+    """The first layer's values keep 11 bits instead of 8; what the folded weights are off by stays."""
+    items = draw_items(100, 64, 16, torch.bfloat16)
+    user_BE = torch.zeros(1, 64, device=DEVICE)  # folds to the item's own weights, exactly
+    off = []
+    for dtype in (torch.bfloat16, torch.float16):
+        weights = draw_weights(64, 16, 64, 32, dtype=dtype)
+        weights.second_HG.copy_(weights.second_HG.bfloat16())
+        score_BTN = torch.empty(1, 1, 100, device=DEVICE)
+        interaction_scores_kernel(user_BE, items, weights, score_BTN=score_BTN)
+        off.append(float((score_BTN - interaction_scores_reference(user_BE, items, weights)).norm()))
+    assert off[1] < off[0] / 4
+
+
+def test_a_first_layer_past_float_16_stays_finite() -> None:
+    weights, items = draw_weights(64, 4, 32, 16), draw_items(20, 64, 4, torch.bfloat16)
+    weights.bias_H.fill_(1e6)
+    score_BTN = torch.empty(1, 1, 20, device=DEVICE)
+    interaction_scores_kernel(torch.ones(1, 64, device=DEVICE), items, weights, score_BTN=score_BTN)
+    assert score_BTN.isfinite().all()
 
 
 def test_only_the_items_there_are_are_scored() -> None:

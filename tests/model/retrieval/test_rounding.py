@@ -76,6 +76,17 @@ def test_gradients_of_an_mlp_are_taken_where_items_lie() -> None:
     assert made_EE[:4, :4].diagonal().sum() == pytest.approx(1)
 
 
+def test_gradients_are_of_the_items_a_user_gets() -> None:
+    """Half of the items are better, by their first value; the rest are read by their second."""
+
+    def steep(user_UE: torch.Tensor, feature_NF: torch.Tensor) -> torch.Tensor:
+        score_N = torch.where(feature_NF[:, 0] > 0.5, 10 * feature_NF[:, 0], feature_NF[:, 1])
+        return score_N.expand(len(user_UE), 1, -1)
+
+    features = torch.rand(3000, 2, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(sensitivity(steep, torch.ones(3, 2), features), torch.diag(torch.tensor([1.0, 0.0])).double())
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_an_index_rounds_its_rows_for_its_users(dtype: torch.dtype) -> None:
     items, users = make_items(3000), make_users(20, 9)
