@@ -594,8 +594,9 @@ def train_scorer(
 
 
 def start(data: ScorerData, config: ScorerConfig, settings: ScorerSettings) -> InteractionScorer:
-    """A scorer on the data's device that orders as `fitted_line`, where its config has a dot product; else a fresh MLP.
+    """A scorer on the data's device that orders as `fitted_line`; a fresh MLP where its config has no dot product.
 
+    Without scalars, or with a layer of one unit, it orders as the dot product does.
     The part of the scalars goes through the MLP: z by one unit of each layer and -z by another, for relu(z) - relu(-z)
     is z. The other units begin as they are, the last layer's weights for them at zero.
     """
@@ -603,7 +604,7 @@ def start(data: ScorerData, config: ScorerConfig, settings: ScorerSettings) -> I
     if config.with_dot:
         nn.init.zeros_(scorer.out.weight)
         nn.init.zeros_(scorer.out.bias)
-        if config.scalars:
+        if config.scalars and min(config.hidden) >= 2:
             begin_as(scorer, fitted_line(data, config, settings))
     return scorer.to(data.device)
 

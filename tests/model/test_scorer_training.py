@@ -117,11 +117,11 @@ def test_without_a_step_taken_it_is_the_fitted_line(dataset: Path, tmp_path: Pat
     data = ScorerData(registry.load(manifest.release_id), *log, manifest.description, BRIEF)
     user_BE = torch.nn.functional.normalize(torch.randn(3, 8), dim=1)
     scalar_IS = torch.randn(len(data.table_IE), HERE.scalars)
-    for config in (HERE, replace(HERE, windows_h=())):
+    for config in (HERE, replace(HERE, windows_h=()), replace(HERE, hidden=(1, 4))):
         scorer = start(data, config, BRIEF)
         feature_IF = torch.cat([data.table_IE, scalar_IS[:, : config.scalars]], 1)
         wanted_BI = user_BE @ data.table_IE.T / data.temperature
-        if config.scalars:
+        if config == HERE:
             line = fitted_line(data, config, BRIEF)
             assert line.weight_S.abs().max() > 0.1
             wanted_BI = line.dot * (user_BE @ data.table_IE.T) + scalar_IS @ line.weight_S - line.middle
@@ -137,7 +137,7 @@ def test_a_line_finds_what_one_of_its_inputs_finds(tmp_path: Path) -> None:
     """
     events, items, description = day_log()
     registry = Registry(tmp_path)
-    settings = replace(QUICK, epochs=20, learning_rate=0.02, validation_share=0.5)
+    settings = replace(QUICK, epochs=6, learning_rate=0.02, validation_share=0.5)
     base = train(events, items, None, description, registry, settings=settings, config=SMALL).manifest
     release = registry.load(base.release_id)
     data = ScorerData(release, events, items, None, description, BRIEF, settings)
