@@ -3,7 +3,8 @@
     python -m benchmarks.scorer --device cuda [--data FOLDER] [--only ml-1m|globo-news] [--seeds 0 1 2] [--no-record]
 
 A tower a seed, as benchmarks.quality trains them (with context, without live item features); then, on its frozen
-embeddings, four ways to score; the three that are trained begin at the dot product and are chosen on held-out events:
+embeddings, four ways to score. Those that are trained begin at a line fitted on training targets (`crossing` at the dot
+product); of their steps one is chosen on held-out events:
 
     count      no model: the items most often chosen in the shortest window before the request (hour, month)
     late       the dot product, and counts of the item weighed linearly: no crossing of user and item
@@ -57,7 +58,7 @@ from model.training.evaluate import (
     repeat_share,
 )
 from model.training.loop import tower_of_release, train
-from model.training.scorer import ScorerData, ScorerSettings, fit, fit_interaction, scorer_for, start
+from model.training.scorer import Line, ScorerData, ScorerSettings, fit, fit_interaction, fitted_line, scorer_for, start
 from model.training.settings import TrainSettings
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -75,11 +76,11 @@ RELEASE_S: Final = 3.0
 class LateScorer(nn.Module):
     """The dot product plus a linear function of the item's scalars: what counts give without any crossing."""
 
-    def __init__(self, embedding_dim: int, scalars: int, scale: float) -> None:
+    def __init__(self, embedding_dim: int, line: Line) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
-        self.scale = nn.Parameter(torch.tensor(scale))
-        self.weight_S = nn.Parameter(torch.zeros(scalars))
+        self.scale = nn.Parameter(torch.tensor(line.dot))
+        self.weight_S = nn.Parameter(line.weight_S.clone())
 
     def logits(self, user_BE: torch.Tensor, feature_NF: torch.Tensor) -> torch.Tensor:
         """Shapes as InteractionScorer.logits: f32 [B, 1, N]."""
@@ -208,10 +209,10 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         scalars = catalogue_scalars(events, scorer_config, release)
         torch.manual_seed(seed)
         late = LateScorer(
-            release.config.embedding_dim, scorer_config.scalars, 1.0 / release.config.temperature
+            release.config.embedding_dim, fitted_line(data, scorer_config, scorer_settings)
         ).to(device)  # fmt: skip
         without = replace(scorer_config, windows_h=())
-        crossing, scorer = (start(part, release).to(device) for part in (without, scorer_config))
+        crossing, scorer = (start(data, part, scorer_settings) for part in (without, scorer_config))
         arms: list[tuple[str, Any, ScorerConfig]] = [
             ("scorer", scorer, scorer_config), ("late", late, scorer_config), ("crossing", crossing, without)
         ]  # fmt: skip

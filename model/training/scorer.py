@@ -1,10 +1,13 @@
 """The second stage of training: an interaction scorer on the frozen towers of a release.
 
-The scorer begins as the dot product over the temperature, so what it is worth is seen beside its own beginning:
-held-out events are ranked among the whole catalogue before the first step and several times after it, and the best
-weights are kept, the first ones included. User embeddings are made once, by the path that evaluation and serving take.
-With a time split, each day's requests are read as weights made at the refresh before it would read them (items first
-seen since then by their hash row only), for that is what a scorer meets after its release.
+The scorer begins as a line, of the dot product and the item's scalars, fitted on training targets; the MLP learns what
+a line cannot say. What it is worth is seen beside its own beginning: held-out events are ranked among the whole
+catalogue before the first step and several times after it, and the best weights are kept, the first ones included. User
+embeddings are made once, by the path that evaluation and serving take.
+With a time split, each day's requests are read as weights made at the refresh before it would read them, for that is
+what a scorer meets after its release: items first seen since then by a hash row only, and by one that they have not
+trained (`as_new`). By its own, which dropout has trained on its clicks, an item that was new is known after all, and
+the dot product is trusted as it cannot be after the release.
 
 Each target has negatives of its own from three sources: the tower's own softmax (hard ones), the log just before the
 target (popular ones), and uniform ones; the loss corrects for how often each was to be expected.
@@ -12,11 +15,12 @@ target (popular ones), and uniform ones; the loss corrects for how often each wa
 Legend: B targets of a step, M negatives, N catalogue items, I item rows, E embedding width, S scalars, F = E + S.
 """
 
+import copy
 import logging
 import math
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,13 +30,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from model.dataset import DatasetDescription
+from model.encoder import Encoder
 from model.errors import ConfigError, DataError
+from model.item_tower import ItemTower
 from model.live_items import LiveCounts
 from model.losses import sampled_softmax_each
 from model.metrics import event_metrics
 from model.release import TOWER_PARTS, Manifest, Registry, Release
 from model.retrieval.scalars import CatalogueScalars, counting_config, item_scalars
-from model.retrieval.scorer import InteractionScorer, ScorerConfig
+from model.retrieval.scorer import DotScorer, InteractionScorer, ScorerConfig
 from model.training.data import DAY_US, EventArrays, Ints, available_from, training_part, validation_targets
 from model.training.evaluate import (
     Candidates,
@@ -52,6 +58,10 @@ log = logging.getLogger(__name__)
 SELECTED_BY = "validation_ndcg@100"
 FEW_STEPS = 300
 """A training that its time limit ends before so many steps says that it learned next to nothing."""
+Part = TypeVar("Part", Encoder, ItemTower)
+LINE_TARGETS = 4096
+"""Training targets that the line is fitted on, to the next whole step."""
+LINE_DECAY = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,10 +183,11 @@ class ScorerData:
         self.temperature = config.temperature
         self._counts: dict[int, LiveCounts] = {}
         self._scalars: dict[ScorerConfig, CatalogueScalars] = {}
+        self.encoder, items_as_new = as_new(release.encoder), as_new(release.items)
         with torch.inference_mode():
-            table_IE = release.items.table(with_unknown=True)
+            table_IE = items_as_new.table(with_unknown=True)
         self.table_IE = table_IE.clone()  # a clone made out here is no inference tensor, and training may read it
-        """f32 [2I, E]: every row, then each as it was before it was trained on."""
+        """f32 [2I, E]: every row, then each as an item that no weights were trained on."""
         if tower_settings is None:
             lineage = release.manifest.lineage
             tower_settings = TrainSettings(seed=0 if lineage is None else lineage.seed)
@@ -213,7 +224,7 @@ class ScorerData:
 
     def _ask(self, target: Ints) -> Asked:
         release, events = self.release, self.log
-        encoder, head = release.encoder, release.head
+        encoder, head = self.encoder, release.head
         time_us = events.time_us_T[target]
         user_BE = torch.empty(len(target), release.config.embedding_dim, device=self.device)
         if self.by_time:
@@ -233,6 +244,11 @@ class ScorerData:
         )
         return Asked(user_BE, item_B, time_us_B, known_us_B)
 
+    def some(self, size: int, order: torch.Generator) -> Asked:
+        """So many of the training targets, drawn with replacement."""
+        index = torch.randint(len(self.target), (size,), generator=order).to(self.device)
+        return Asked(**{field.name: getattr(self.trained, field.name)[index] for field in fields(Asked)})
+
     def _refresh_before(self, time_us: Any) -> Any:
         return (time_us - self.offset_us) // DAY_US * DAY_US + self.offset_us
 
@@ -248,7 +264,7 @@ class ScorerData:
             known_us = int(self._refresh_before(int(log.time_us_T[held_out].min())))
             row_N = row_N + self.num_rows * (self.first_us_I[: log.num_items] >= known_us)
             asked, cut = log.as_known_at(known_us, self.num_rows), log.refresh_cut_T[held_out]
-        user_BE = embed_requests(release.encoder, release.head, self.table_IE, asked, held_out, cut).clone()
+        user_BE = embed_requests(self.encoder, release.head, self.table_IE, asked, held_out, cut).clone()
         is_seen_off = excludes_seen("auto", repeat_share(log))
         rows, offsets = seen_items(log, held_out) if is_seen_off else (None, None)
         candidates = Candidates(
@@ -287,6 +303,20 @@ class ScorerData:
         if self._born_us_N is not None:
             mask_BM |= self._born_us_N[inside_BM] > asked.time_us_B[:, None]
         return inside_BM, mask_BM, expected.clamp_min(1e-30).log().float()
+
+
+def as_new(part: Part) -> Part:
+    """A copy whose unknown items (index + I, as ItemEmbedder takes it) are read by another hash row than their own.
+
+    Which one is as good as drawn; the features stay the item's own. Items that training never saw keep their rows.
+    """
+    part = copy.deepcopy(part)
+    embedder = part.embedder
+    count = embedder.shape.num_items
+    hash_rows = embedder.num_rows - count
+    own_N = embedder.hash_row_I[:count] - count
+    embedder.hash_row_I[:count] = count + (own_N + max(1, hash_rows // 2)) % hash_rows
+    return part
 
 
 def _draw(target: Ints, time_us_T: Ints, settings: ScorerSettings, rng: np.random.Generator) -> Ints:
@@ -389,8 +419,7 @@ def _fit(
         rate = settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * share))
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
-        index = torch.randint(len(data.target), (settings.targets_per_step,), generator=order).to(data.device)
-        part = Asked(**{field.name: getattr(data.trained, field.name)[index] for field in fields(Asked)})
+        part = data.some(settings.targets_per_step, order)
         loss = loss_of(data, logits, part, counts, scalar_counts, settings)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -414,21 +443,76 @@ def _fit(
     return history
 
 
+@torch.no_grad()
+def features_of(
+    data: ScorerData, asked: Asked, counts: LiveCounts, scalar_counts: LiveCounts | None, settings: ScorerSettings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Targets and drawn negatives: features [B, 1 + M, F], the target's first; mask and log counts [B, M]."""
+    negative_BM, mask_BM, log_count_BM = data.negatives(asked, counts, settings)
+    item_BM = torch.cat([asked.item_B[:, None], negative_BM], 1)
+    feature_BMF = F.embedding(data.rows(item_BM, asked.known_us_B[:, None]), data.table_IE)
+    if scalar_counts is not None:
+        bucket_B1 = scalar_counts.bucket(asked.time_us_B)[:, None]
+        scalar_BMS = item_scalars(scalar_counts, item_BM, bucket_B1.expand_as(item_BM))
+        feature_BMF = torch.cat([feature_BMF, scalar_BMS], 2)
+    return feature_BMF, mask_BM, log_count_BM
+
+
 def loss_of(
     data: ScorerData, logits: Score, asked: Asked, counts: LiveCounts, scalar_counts: LiveCounts | None,
     settings: ScorerSettings,
 ) -> torch.Tensor:  # fmt: skip
     """Sampled softmax of one step's targets."""
-    with torch.no_grad():
-        negative_BM, mask_BM, log_count_BM = data.negatives(asked, counts, settings)
-        item_BM = torch.cat([asked.item_B[:, None], negative_BM], 1)
-        feature_BMF = F.embedding(data.rows(item_BM, asked.known_us_B[:, None]), data.table_IE)
-        if scalar_counts is not None:
-            bucket_B1 = scalar_counts.bucket(asked.time_us_B)[:, None]
-            scalar_BMS = item_scalars(scalar_counts, item_BM, bucket_B1.expand_as(item_BM))
-            feature_BMF = torch.cat([feature_BMF, scalar_BMS], 2)
+    feature_BMF, mask_BM, log_count_BM = features_of(data, asked, counts, scalar_counts, settings)
     logit_BM = logits(asked.user_BE, feature_BMF)[:, 0]
     return sampled_softmax_each(logit_BM[:, 0], logit_BM[:, 1:], mask_BM, log_count_BM)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """logit = dot u.i + weight . scalars: what a scorer begins as."""
+
+    dot: float
+    weight_S: torch.Tensor
+    """f32, on the CPU."""
+    middle: float
+    """Mean of weight . scalars over the targets that it was fitted on."""
+
+
+def fitted_line(data: ScorerData, config: ScorerConfig, settings: ScorerSettings) -> Line:
+    """The line of the lowest sampled softmax on LINE_TARGETS training targets, each with negatives of its own.
+
+    The loss is convex, so the fit (L-BFGS, a little weight decay) needs no learning rate and has no beginning that
+    matters: one of a few hundred small steps does not get from 1 / temperature down to what the dot product is worth
+    beside counts. Held-out events are not read.
+    """
+    counts = data.counts(config)
+    scalar_counts = counts if config.scalars else None
+    torch.manual_seed(settings.seed)
+    order = torch.Generator().manual_seed(settings.seed)
+    parts = []
+    for _ in range(math.ceil(LINE_TARGETS / settings.targets_per_step)):
+        asked = data.some(settings.targets_per_step, order)
+        feature_BMF, mask_BM, log_count_BM = features_of(data, asked, counts, scalar_counts, settings)
+        width = asked.user_BE.shape[1]
+        dot_BM1 = feature_BMF[..., :width] @ asked.user_BE[:, :, None]
+        parts.append((torch.cat([dot_BM1, feature_BMF[..., width:]], 2), mask_BM, log_count_BM))
+    value_BMV, mask_BM, log_count_BM = (torch.cat(part) for part in zip(*parts, strict=True))
+    weight_V = torch.zeros(1 + config.scalars, device=data.device, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight_V], max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        logit_BM = value_BMV @ weight_V
+        value = sampled_softmax_each(logit_BM[:, 0], logit_BM[:, 1:], mask_BM, log_count_BM)
+        value = value + LINE_DECAY * weight_V.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    found_V = weight_V.detach()
+    middle = float((value_BMV[:, 0, 1:] @ found_V[1:]).mean())
+    return Line(float(found_V[0]), found_V[1:].cpu(), middle)
 
 
 @torch.no_grad()
@@ -479,12 +563,16 @@ def train_scorer(
         description.name, release_id, len(data.target), len(data.held_out), time.monotonic() - started,
     )  # fmt: skip
     torch.manual_seed(settings.seed)
-    scorer = start(config, release).to(device)
+    scorer = start(data, config, settings)
     history = fit_interaction(data, scorer, config, settings)
     scorer.to("cpu")
     best = max(history, key=lambda row: row.get(SELECTED_BY, row["step"]))
     metrics = {name: value for name, value in best.items() if name.startswith("validation_") or name == "loss"}
-    metrics |= {f"{name}_dot": value for name, value in history[0].items() if name.startswith("validation_")}
+    metrics |= {f"{name}_start": value for name, value in history[0].items() if name.startswith("validation_")}
+    if len(data.held_out):
+        rank_B = rank_scored(DotScorer(), *data.validation(), None)
+        dot = event_metrics(rank_B, (20, 100))
+        metrics |= {f"validation_{name}_dot": float(value.mean()) for name, value in dot.items()}
     catalogue = items.drop_columns(["available_from_us"]) if "available_from_us" in items.column_names else items
     manifest = registry.write(
         tower, catalogue, trained_until_us=release.manifest.trained_until_us, base=release_id,
@@ -505,13 +593,35 @@ def train_scorer(
     return ScorerResult(manifest, summary)
 
 
-def start(config: ScorerConfig, release: Release) -> InteractionScorer:
-    """A scorer that orders as the release's dot product does, where its config has one; else a fresh MLP."""
-    scorer = InteractionScorer.of(config, release.config.embedding_dim, 1.0 / release.config.temperature)
+def start(data: ScorerData, config: ScorerConfig, settings: ScorerSettings) -> InteractionScorer:
+    """A scorer on the data's device that orders as `fitted_line`; a fresh MLP where its config has no dot product.
+
+    Without scalars, or with a layer of one unit, it orders as the dot product does.
+    The part of the scalars goes through the MLP: z by one unit of each layer and -z by another, for relu(z) - relu(-z)
+    is z. The other units begin as they are, the last layer's weights for them at zero.
+    """
+    scorer = InteractionScorer.of(config, data.table_IE.shape[1], 1.0 / data.temperature)
     if config.with_dot:
         nn.init.zeros_(scorer.out.weight)
         nn.init.zeros_(scorer.out.bias)
-    return scorer
+        if config.scalars and min(config.hidden) >= 2:
+            begin_as(scorer, fitted_line(data, config, settings))
+    return scorer.to(data.device)
+
+
+@torch.no_grad()
+def begin_as(scorer: InteractionScorer, line: Line) -> None:
+    """Set a scorer, on the CPU and of two units a layer or more, to a line, up to an offset."""
+    assert scorer.dot_T is not None, "a line has a dot product"
+    scorer.dot_T.fill_(line.dot)
+    sign_2 = torch.tensor([1.0, -1.0])
+    scorer.weight_IH[:, :2] = 0.0
+    scorer.weight_IH[3 * scorer.embedding_dim :, :2] = line.weight_S[:, None] * sign_2
+    scorer.bias_H[:2] = -line.middle * sign_2  # small where it matters: the best items differ little in bfloat16 else
+    scorer.second.weight[:2] = 0.0
+    scorer.second.weight[:2, :2] = torch.eye(2)
+    scorer.second.bias[:2] = 0.0
+    scorer.out.weight[:, :2] = sign_2
 
 
 def fit_interaction(

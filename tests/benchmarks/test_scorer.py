@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.scorer import Budget, LateScorer, entries, read_seeds, show, summary, write_seed
+from model.training.scorer import Line
 
 
 def one_seed(seed: int, **ranks: list[int]) -> dict[str, Any]:
@@ -55,9 +56,7 @@ def test_recall_and_differences_by_hand() -> None:
 
 def test_the_rival_without_crossing_by_hand() -> None:
     """2 (1 * 3 + 2 * 4) + 10 * 0.5 = 27, for a catalogue and for items of each user."""
-    module = LateScorer(2, 1, 2.0)
-    with torch.no_grad():
-        module.weight_S.fill_(0.5)
+    module = LateScorer(2, Line(2.0, torch.tensor([0.5]), 0.0))
     user_BE, feature_NF = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 10.0]])
     assert module.logits(user_BE, feature_NF).tolist() == [[[27.0]]]
     assert module.logits(user_BE, feature_NF[None]).tolist() == [[[27.0]]]
