@@ -28,9 +28,10 @@ def choose_batch_tokens(width: int) -> int:
     """Events of a batch, unless the longest history has more: whole rounds of tiles, so that no processor waits.
 
     Four rounds up to 256 channels, where what a kernel costs besides its tiles weighs (10.95 ms for 1,024 users on an
-    H200, 11.35 with two); two above, where a round takes four times as long.
+    H200, 11.35 with two); three above, where a round takes four times as long (64.2 ms at 512, 66.2 with two, 65.4 with
+    four).
     """
-    return (4 if width <= 256 else 2) * _TILES_OF_EVENTS
+    return (4 if width <= 256 else 3) * _TILES_OF_EVENTS
 
 
 def is_supported(encoder: Encoder) -> bool:

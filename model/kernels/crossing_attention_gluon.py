@@ -533,8 +533,6 @@ def _attend(
                 query_tiles.index(w), key_tiles, value_tiles, barriers, turn, blocks, limit, scale_log2,
                 w, KEYS, D, IN_TURNS,
             )  # fmt: skip
-            # Not before: programs that fold would crowd on the few multiprocessors that are free, and wait there.
-            _allow_next(first)
             at_M = (row_M + first_chunk * num_tokens) * heads + head
             channel_d = gl.arange(0, D, gl.SliceLayout(0, READ))
             gl.store(part_max + at_M, largest, is_row_M)
@@ -605,6 +603,8 @@ def _forward_kernel(
     """Tokens of one tile and head over the whole history; where it is split, over one chunk, left in `part`."""
     slot = gl.program_id(0) // heads
     head = gl.program_id(0) % heads
+    if IS_SPLIT:
+        _allow_next(slot)
     if IS_ONE:
         # Its offsets are known: 0 and all.
         first = slot * (WARPGROUPS * _ROWS)

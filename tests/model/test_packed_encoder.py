@@ -47,7 +47,7 @@ def test_a_state_does_not_depend_on_what_it_is_encoded_with() -> None:
 def test_a_batch_holds_the_longest_history() -> None:
     encoder = make_tower(config=CONFIG)[0].encoder
     assert PackedEncoder(encoder).batch_tokens == choose_batch_tokens(64) == 67_584
-    assert choose_batch_tokens(512) == 33_792
+    assert choose_batch_tokens(512) == 50_688
     assert PackedEncoder(encoder, batch_tokens=1).batch_tokens == 12
 
 
