@@ -73,7 +73,7 @@ class TrainSettings:
     validation_hours: float = 24.0
     """With a time split: how much of the log's end is held out for those users."""
     hold_back_hours: float = 0.0
-    """With a time split: leave out so many hours of the log's end, for a scorer to learn from events new to the towers."""
+    """With a time split: leave out so many hours of the log's end, for a scorer, to which they are new."""
     patience: int = 3
     """Epochs without a better validation NDCG@20 after which training stops."""
     checkpoint_steps: int = 200
