@@ -96,8 +96,6 @@ def chosen(
     config, settings = {"ml-1m": quality.movies, "globo-news": quality.news}[name](args.device)
     # held out: enough to choose by; few beside the rest
     settings = replace(settings, seed=seed, max_minutes=args.minutes, validation_share=0.3)
-    if load_description(name).evaluation.split == "time":
-        settings = replace(settings, hold_back_hours=args.hold_back_hours)
     scorer_config, scorer_settings = scorer_for(load_description(name), device=args.device)
     scorer_settings = replace(
         scorer_settings, seed=seed, steps=args.steps, max_minutes=args.scorer_seconds / 60, max_targets=args.targets,
@@ -373,10 +371,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=3, help="seeds at once")
     parser.add_argument("--threads", type=int, default=4, help="of each")
     parser.add_argument("--minutes", type=float, default=1.3, help="of each tower's training")
-    parser.add_argument(
-        "--hold-back-hours", type=float, default=24.0,
-        help="with a time split: the log's end, which scorers learn from and towers do not",
-    )  # fmt: skip
     parser.add_argument("--scorer-seconds", type=float, default=20.0, help="of each scorer's steps")
     parser.add_argument("--steps", type=int, default=8000, help="of each scorer's training, at most")
     parser.add_argument("--targets", type=int, default=200_000, help="events that scorers learn from")

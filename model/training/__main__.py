@@ -23,9 +23,6 @@ from model.training.loop import train
 from model.training.scorer import ScorerSettings, scorer_for, train_scorer
 from model.training.settings import LogCounts, TrainSettings, config_for, settings_for
 
-SCORER_HOURS = 24.0
-"""What the towers leave to a scorer where the log is split by time and is three times as long."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """tower-train. Returns 0, or 1 with a message when something is wrong with the input."""
@@ -58,8 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "--scorer", action="store_true",
         help="second stage: train an interaction scorer on the frozen towers of the release, an MLP over user, item, "
         "their product and counts of the log in the place of the plain dot product; ends with a second release of the "
-        "same states and another embedding version. With a time split the towers leave the log's last 24 hours to the "
-        "scorer, which learns from clicks that they have not seen; --set hold_back_hours=0: both learn from all",
+        "same states and another embedding version",
     )  # fmt: skip
     parser.add_argument(
         "--scorer-from", metavar="RELEASE",
@@ -114,9 +110,6 @@ def _train(args: argparse.Namespace) -> None:
     for text in args.set:
         name, _, value = text.partition("=")
         (chosen if name in setting_names else towers)[name] = _value(text, value)
-    if args.scorer and description.evaluation.split == "time":
-        span_us = pc.max(part["timestamp_us"]).as_py() - pc.min(part["timestamp_us"]).as_py()
-        chosen.setdefault("hold_back_hours", SCORER_HOURS if span_us > 3 * SCORER_HOURS * 3_600_000_000 else 0.0)
     if towers and args.head_only_from is not None:
         raise ConfigError(f"a head-only run keeps the release's config; {', '.join(towers)} cannot be set")
     try:

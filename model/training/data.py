@@ -250,17 +250,6 @@ def training_part(table: pa.Table, description: DatasetDescription) -> Split:
     return Split(train, test_from_us)
 
 
-def hold_back(table: pa.Table, hours: float) -> pa.Table:
-    """The events of a log but those of its last hours. Raises DataError where none is left."""
-    time_us = table["timestamp_us"].to_numpy()
-    kept = table.filter(pa.array(time_us <= time_us.max() - int(hours * 3600 * _SECOND_US))).combine_chunks()
-    if not kept.num_rows:
-        raise DataError(
-            f"nothing to learn from: all {table.num_rows} events are of the last {hours:g} hours, held back"
-        )
-    return kept
-
-
 def last_positives(offsets: Ints, positive_T: NDArray[np.bool_]) -> Ints:
     """Index of each user's last positive event where the user has two or more; else -1. i64 [U]."""
     index = np.flatnonzero(positive_T)

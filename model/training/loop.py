@@ -43,7 +43,6 @@ from model.training.data import (
     TrainingData,
     available_from,
     cap,
-    hold_back,
     training_part,
     validation_targets,
 )
@@ -460,10 +459,6 @@ def train(
     part = training_part(events, description).train
     counts = LogCounts(events=part.num_rows, users=pc.count_distinct(part["user_id"]).as_py(), items=items.num_rows)
     settings = settings or settings_for(description, counts, device=device)
-    if settings.hold_back_hours:
-        if description.evaluation.split != "time":
-            raise ConfigError("hold_back_hours goes with a time split: one user's last event is another's first")
-        part = hold_back(part, settings.hold_back_hours)
     table, capped = cap(part, settings)
     for said in capped:
         log.warning("training is capped: %s", said)

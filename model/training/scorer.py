@@ -56,8 +56,6 @@ from model.training.settings import TrainSettings
 log = logging.getLogger(__name__)
 
 SELECTED_BY = "validation_ndcg@100"
-FEW_AFTER = 1000
-"""So many targets after the towers' own make a scorer's training; with fewer it learns from the towers' own."""
 FEW_STEPS = 300
 """A training that its time limit ends before so many steps says that it learned next to nothing."""
 Part = TypeVar("Part", Encoder, ItemTower)
@@ -196,13 +194,6 @@ class ScorerData:
         held_out = validation_targets(self.log, tower_settings, by_time=self.by_time)
         is_target_T = self.log.positive_T & (self.log.item_T < self.log.num_items)
         is_target_T[held_out] = False
-        self.until_us = np.iinfo(np.int64).max - 1
-        """Where enough targets come after all that the towers were trained on: that time; others are left out."""
-        is_after_T = self.log.time_us_T > release.manifest.trained_until_us
-        if self.by_time and np.count_nonzero(is_target_T & is_after_T) >= FEW_AFTER:
-            self.until_us = release.manifest.trained_until_us
-            is_target_T &= is_after_T
-            held_out = held_out[is_after_T[held_out]]
         target = np.flatnonzero(is_target_T)
         if not len(target):
             raise DataError("no training target: no positive event of a catalogue item is left")
@@ -259,8 +250,7 @@ class ScorerData:
         return Asked(**{field.name: getattr(self.trained, field.name)[index] for field in fields(Asked)})
 
     def _refresh_before(self, time_us: Any) -> Any:
-        """The refresh before each time, or the end of the towers' training where that was earlier."""
-        return np.minimum((time_us - self.offset_us) // DAY_US * DAY_US + self.offset_us, self.until_us + 1)
+        return (time_us - self.offset_us) // DAY_US * DAY_US + self.offset_us
 
     def validation(self) -> tuple[torch.Tensor, torch.Tensor, Candidates]:
         """The held-out requests as the trainer of towers asks them: user_BE, item_NE and what they are ranked among.

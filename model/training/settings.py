@@ -72,8 +72,6 @@ class TrainSettings:
     """Most such users."""
     validation_hours: float = 24.0
     """With a time split: how much of the log's end is held out for those users."""
-    hold_back_hours: float = 0.0
-    """With a time split: leave out so many hours of the log's end, for a scorer, to which they are new."""
     patience: int = 3
     """Epochs without a better validation NDCG@20 after which training stops."""
     checkpoint_steps: int = 200
@@ -120,9 +118,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be above 0, got {value}")
-        for name in ("seed", "hold_back_hours"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more, got {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -14,8 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from model.dataset import Evaluation
-from model.errors import CheckpointError, ConfigError, DataError, GoldenMismatch, IndexMismatch, ShapeError
+from model.errors import CheckpointError, ConfigError, GoldenMismatch, IndexMismatch, ShapeError
 from model.release import Manifest, Registry
 from model.retrieval import scalars as scalars_module
 from model.retrieval.index import LiveIndex
@@ -25,7 +24,7 @@ from model.retrieval.scalars import CatalogueScalars, counting_config, item_rows
 from model.retrieval.scorer import InteractionScorer, ScorerConfig
 from model.training import __main__ as command
 from model.training import scorer as scorer_module
-from model.training.data import EventArrays, hold_back, training_part
+from model.training.data import EventArrays
 from model.training.evaluate import (
     Candidates,
     catalogue_scalars,
@@ -208,41 +207,6 @@ def test_the_loss_is_that_of_the_whole_catalogue_on_average(dataset: Path, tmp_p
         torch.arange(data.log.num_items) != asked.item_B[0]
     )
     assert float(sums_B.mean()) == pytest.approx(float(logit_N[other_N].exp().sum()), rel=0.02)
-
-
-def test_a_scorer_learns_from_what_the_towers_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Towers without the last 24 hours: all targets are of those, their items known as of the towers' end."""
-    events, items, description = day_log()
-    settings = replace(QUICK, epochs=1, validation_share=0.5, hold_back_hours=24.0)
-    registry = Registry(tmp_path)
-    manifest = train(events, items, None, description, registry, settings=settings, config=SMALL).manifest
-    release = registry.load(manifest.release_id)
-    last_us = int(training_part(events, description).train["timestamp_us"].to_numpy().max())
-    assert last_us - 2 * DAY_US < manifest.trained_until_us <= last_us - DAY_US
-    inputs = (release, events, items, None, description, BRIEF, settings)
-    whole = ScorerData(*inputs)
-    assert int(whole.trained.time_us_B.min()) <= manifest.trained_until_us, "too few to be taken alone"
-    monkeypatch.setattr(scorer_module, "FEW_AFTER", 10)
-    data = ScorerData(*inputs)
-    for index in (data.target, data.held_out):
-        assert len(index)
-        assert (data.log.time_us_T[index] > manifest.trained_until_us).all()
-    assert int(data.trained.known_us_B.max()) == manifest.trained_until_us + 1
-    of_the_day = data.trained.item_B[data.first_us_I[data.trained.item_B] > manifest.trained_until_us]
-    assert len(of_the_day)
-    assert (data.rows(of_the_day, data.trained.known_us_B[:1].expand(len(of_the_day))) >= data.num_rows).all()
-
-
-def test_nothing_is_held_back_without_a_time_split_or_beyond_the_log(dataset: Path, tmp_path: Path) -> None:
-    events, items, users, description = read(dataset)
-    held_back = replace(QUICK, epochs=1, hold_back_hours=24.0)
-    with pytest.raises(ConfigError, match="hold_back_hours goes with a time split"):
-        train(events, items, users, replace(description, evaluation=Evaluation(split="leave_one_out")),
-              Registry(tmp_path), settings=held_back, config=SMALL)  # fmt: skip
-    with pytest.raises(DataError, match="held back"):
-        hold_back(events, 1e6)
-    with pytest.raises(ConfigError, match="hold_back_hours must be 0 or more"):
-        replace(QUICK, hold_back_hours=-1.0)
 
 
 def test_later_targets_are_drawn_more_often() -> None:
