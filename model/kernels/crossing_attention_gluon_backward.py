@@ -10,7 +10,21 @@ The last two are alike: one program a multiprocessor takes item after item of th
 into shared memory, some ahead; two groups of four warps, of 64 rows each, multiply. All that stands on the left of a
 product is in registers or stays in shared memory: no score passes through shared memory, nothing is added atomically,
 and every sum has one order. The next item's entry of the plan, and of 64 channels its own tiles, come while this one's
-are multiplied; results leave in pieces of 16 bytes a thread.
+are multiplied; results leave in pieces of 16 bytes a thread. Neither group waits for the other between items: each has
+its own tiles and barriers, and may be ahead by as many copied tiles as wait.
+
+When a buffer is copied into again:
+- All are filled by copies alone, which count down a `ready` barrier; readers take items and stages in order, so none is
+  ever a whole phase behind. One thread of a group arrives at `free` after a barrier of its four warps.
+- A group's own two tiles: read by its products, which are waited for; of 64 channels read into registers and given up
+  before any product has been waited for that takes them, so `fence_async_shared` puts those reads before the next copy.
+- Copied tiles: both groups arrive at `free` once they have waited for the last product that reads the tile.
+- Denominators and delta come and go with their tile of queries: the last product that reads it takes what was computed
+  of them.
+- Results change layout in memory that is nobody else's, between barriers of the group.
+
+The three launches overlap: `_query_kernel` waits for `_prepare_kernel`, then lets `_history_kernel` start wherever a
+program ends; that one waits for `_query_kernel` at its own end, so that whatever comes next may rely on both.
 
 A copied block may reach into the next request. Scores of such events are masked; tokens beyond a request have an
 infinite denominator, for which the statistics of a request are laid out in whole tiles (`padded` rows a head: request
@@ -34,7 +48,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from model.kernels.crossing_attention_gluon import _allow_next, _wait_for_last
 from model.kernels.crossing_attention_triton import LOG2_E
 
 TILE = 128
@@ -116,7 +132,7 @@ def backward(
         query, query.stride(0), out_gradient, out_gradient.stride(0), key_self, value_self, key_self.stride(0),
         value_self.stride(0), candidate_offsets, history_offsets, out, lse, statistics, key_self_g, value_self_g,
         plan, counts, key_heads, group, scale, requests, slots,
-        TOKENS=tokens, ROWS=part, D=channels, BLOCK=256, num_warps=4,
+        TOKENS=tokens, ROWS=part, D=channels, BLOCK=256, IS_CHAINED=True, num_warps=4,
     )  # fmt: skip
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     query_desc, gradient_desc = (_rows_desc(x, TILE // 2) for x in (query, out_gradient))
@@ -125,7 +141,7 @@ def backward(
         query_desc, gradient_desc, key_desc, value_desc, statistics, key_self, key_self.stride(0), query_g,
         plan, counts, heads, group, scale, padded, heads * padded,
         TOKENS=tokens, D=channels, N=of_queries.block, STAGES=of_queries.stages,
-        LEFT_IN_REGISTERS=of_queries.left_in_registers, num_warps=4, maxnreg=_REGISTERS,
+        LEFT_IN_REGISTERS=of_queries.left_in_registers, num_warps=4, maxnreg=_REGISTERS, launch_pdl=True,
     )  # fmt: skip
     query_desc, gradient_desc = (_rows_desc(x, of_history.block) for x in (query, out_gradient))
     key_desc, value_desc = (_rows_desc(x, TILE // 2) for x in (history_key, history_value))
@@ -134,7 +150,7 @@ def backward(
         query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, history_key_g, history_value_g,
         plan[slots:], counts, key_heads, group, scale, padded,
         D=channels, M=of_history.block, STAGES=of_history.stages,
-        LEFT_IN_REGISTERS=of_history.left_in_registers, num_warps=4, maxnreg=_REGISTERS,
+        LEFT_IN_REGISTERS=of_history.left_in_registers, num_warps=4, maxnreg=_REGISTERS, launch_pdl=True,
     )  # fmt: skip
     return query_g, key_self_g, value_self_g, history_key_g, history_value_g
 
@@ -156,9 +172,11 @@ def _prepare_kernel(
     query, query_stride, out_gradient, out_gradient_stride, key_self, value_self, key_self_stride, value_self_stride,
     candidate_offsets, history_offsets, out, lse, statistics, key_gradient, value_gradient, plan, counts,
     key_heads, group, scale, requests, slots,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The plan, two programs a request; what is a candidate's alone, a program for each part of a tile and key head."""
+    if IS_CHAINED:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     if program < 2 * requests:
         _plan(candidate_offsets, history_offsets, plan, counts, program // 2, program % 2, requests, slots, BLOCK)
@@ -504,6 +522,9 @@ def _query_kernel(
         mbarrier.init(key_free.index(i), count=2)
         mbarrier.init(value_ready.index(i), count=1)
         mbarrier.init(value_free.index(i), count=2)
+    # The gradients of the history may start where a program here ends: what both read is there from now on.
+    _wait_for_last(gl.program_id(0))
+    _allow_next(gl.program_id(0))
     buffers = (query_buffers, gradient_buffers, key_buffers, value_buffers)
     barriers = (item_ready, item_free, key_ready, key_free, value_ready, value_free)
     gl.warp_specialize(
@@ -805,3 +826,5 @@ def _history_kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+    # Whoever waits for this kernel waits for the gradients of queries too.
+    _wait_for_last(gl.program_id(0))
