@@ -10,7 +10,21 @@ The last two are alike: one program a multiprocessor takes item after item of th
 into shared memory, some ahead; two groups of four warps, of 64 rows each, multiply. All that stands on the left of a
 product is in registers or stays in shared memory: no score passes through shared memory, nothing is added atomically,
 and every sum has one order. The next item's entry of the plan, and of 64 channels its own tiles, come while this one's
-are multiplied; results leave in pieces of 16 bytes a thread.
+are multiplied; results leave in pieces of 16 bytes a thread. Neither group waits for the other between items: each has
+its own tiles and barriers, and may be ahead by as many copied tiles as wait.
+
+When a buffer is copied into again:
+- All are filled by copies alone, which count down a `ready` barrier; readers take items and stages in order, so none is
+  ever a whole phase behind. One thread of a group arrives at `free` after a barrier of its four warps.
+- A group's own two tiles: read by its products, which are waited for; of 64 channels read into registers and given up
+  before any product has been waited for that takes them, so `fence_async_shared` puts those reads before the next copy.
+- Copied tiles: both groups arrive at `free` once they have waited for the last product that reads the tile.
+- Denominators and delta come and go with their tile of queries: the last product that reads it takes what was computed
+  of them.
+- Results change layout in memory that is nobody else's, between barriers of the group.
+
+The three launches overlap: `_query_kernel` waits for `_prepare_kernel`, then lets `_history_kernel` start wherever a
+program ends; that one waits for `_query_kernel` at its own end, so that whatever comes next may rely on both.
 
 A copied block may reach into the next request. Scores of such events are masked; tokens beyond a request have an
 infinite denominator, for which the statistics of a request are laid out in whole tiles (`padded` rows a head: request
@@ -27,13 +41,16 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from model.kernels.crossing_attention_gluon import _allow_next, _wait_for_last
 from model.kernels.crossing_attention_triton import LOG2_E
 
 TILE = 128
@@ -115,7 +132,7 @@ def backward(
         query, query.stride(0), out_gradient, out_gradient.stride(0), key_self, value_self, key_self.stride(0),
         value_self.stride(0), candidate_offsets, history_offsets, out, lse, statistics, key_self_g, value_self_g,
         plan, counts, key_heads, group, scale, requests, slots,
-        TOKENS=tokens, ROWS=part, D=channels, BLOCK=256, num_warps=4,
+        TOKENS=tokens, ROWS=part, D=channels, BLOCK=256, IS_CHAINED=True, num_warps=4,
     )  # fmt: skip
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     query_desc, gradient_desc = (_rows_desc(x, TILE // 2) for x in (query, out_gradient))
@@ -124,7 +141,7 @@ def backward(
         query_desc, gradient_desc, key_desc, value_desc, statistics, key_self, key_self.stride(0), query_g,
         plan, counts, heads, group, scale, padded, heads * padded,
         TOKENS=tokens, D=channels, N=of_queries.block, STAGES=of_queries.stages,
-        LEFT_IN_REGISTERS=of_queries.left_in_registers, num_warps=4, maxnreg=_REGISTERS,
+        LEFT_IN_REGISTERS=of_queries.left_in_registers, num_warps=4, maxnreg=_REGISTERS, launch_pdl=True,
     )  # fmt: skip
     query_desc, gradient_desc = (_rows_desc(x, of_history.block) for x in (query, out_gradient))
     key_desc, value_desc = (_rows_desc(x, TILE // 2) for x in (history_key, history_value))
@@ -133,7 +150,7 @@ def backward(
         query_desc, gradient_desc, key_desc, value_desc, lse_desc, delta_desc, history_key_g, history_value_g,
         plan[slots:], counts, key_heads, group, scale, padded,
         D=channels, M=of_history.block, STAGES=of_history.stages,
-        LEFT_IN_REGISTERS=of_history.left_in_registers, num_warps=4, maxnreg=_REGISTERS,
+        LEFT_IN_REGISTERS=of_history.left_in_registers, num_warps=4, maxnreg=_REGISTERS, launch_pdl=True,
     )  # fmt: skip
     return query_g, key_self_g, value_self_g, history_key_g, history_value_g
 
@@ -155,9 +172,11 @@ def _prepare_kernel(
     query, query_stride, out_gradient, out_gradient_stride, key_self, value_self, key_self_stride, value_self_stride,
     candidate_offsets, history_offsets, out, lse, statistics, key_gradient, value_gradient, plan, counts,
     key_heads, group, scale, requests, slots,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The plan, two programs a request; what is a candidate's alone, a program for each part of a tile and key head."""
+    if IS_CHAINED:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     if program < 2 * requests:
         _plan(candidate_offsets, history_offsets, plan, counts, program // 2, program % 2, requests, slots, BLOCK)
@@ -293,10 +312,23 @@ def _store_rows(target, result_d, first, end, heads, head, W: gl.constexpr, D: g
     """Writes 64 rows of a head, those before the end, to [rows, heads, D], 16 bytes a thread."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     result_d = gl.convert_layout(result_d.to(target.dtype.element_ty), layout)
-    row = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    channel_d = gl.arange(0, D, gl.SliceLayout(0, layout))
-    at = target + (first.to(gl.int64) * heads + head) * D
-    gl.store(at + (row[:, None] * (heads * D) + channel_d[None, :]), result_d, (first + row < end)[:, None])
+    # Places hang on the item throughout: kept beside the accumulators from item to item they would be spilled.
+    row = first + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    channel_d = head * D + gl.arange(0, D, gl.SliceLayout(0, layout))
+    at = target + (row.to(gl.int64) * (heads * D))[:, None] + channel_d[None, :]
+    gl.store(at, result_d, (row < end)[:, None])
+
+
+@gluon.jit
+def _copy_own(
+    one_desc, two_desc, one_buffers, two_buffers, item_ready, item_free, item_number, first, column, W: gl.constexpr
+):  # fmt: skip
+    """Copies the two tiles of 64 rows of an item that are a group's of warps, once it has done with its last ones."""
+    mbarrier.wait(item_free.index(W), (item_number & 1) ^ 1)
+    ready = item_ready.index(W)
+    mbarrier.expect(ready, 2 * one_desc.block_type.nbytes)
+    _copy(one_desc, [first + W * 64, column], ready, one_buffers.index(W))
+    _copy(two_desc, [first + W * 64, column], ready, two_buffers.index(W))
 
 
 # Gradients of queries
@@ -316,14 +348,14 @@ def _query_producer(
         item_number = item // gl.num_programs(0)
         first, _, history_begin, length, _ = _load_entry(plan, item, items, heads)
         head = item % heads
-        mbarrier.wait(item_free, (item_number & 1) ^ 1)
-        mbarrier.expect(item_ready, 4 * query_desc.block_type.nbytes)
-        for w in gl.static_range(2):
-            at_row = [first + w * 64, head * D]
-            _copy(query_desc, at_row, item_ready, query_buffers.index(w))
-            _copy(gradient_desc, at_row, item_ready, gradient_buffers.index(w))
+        _copy_own(
+            query_desc, gradient_desc, query_buffers, gradient_buffers, item_ready, item_free, item_number, first,
+            head * D, 0,
+        )  # fmt: skip
         column = head // group * D
         blocks = gl.cdiv(length, N)
+        # The second group may be behind by as many blocks as wait: its own tiles follow them.
+        until_second = STAGES - 1
         for block in range(blocks):
             # The last block, which may be ragged, is read first.
             row = history_begin + gl.where(block == 0, blocks - 1, block - 1) * N
@@ -336,6 +368,17 @@ def _query_producer(
             mbarrier.expect(value_ready.index(stage), value_desc.block_type.nbytes)
             _copy(value_desc, [row, column], value_ready.index(stage), value_buffers.index(stage))
             number += 1
+            until_second -= 1
+            if until_second == 0:
+                _copy_own(
+                    query_desc, gradient_desc, query_buffers, gradient_buffers, item_ready, item_free, item_number,
+                    first, head * D, 1,
+                )  # fmt: skip
+        if until_second > 0:
+            _copy_own(
+                query_desc, gradient_desc, query_buffers, gradient_buffers, item_ready, item_free, item_number, first,
+                head * D, 1,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -389,13 +432,14 @@ def _query_consumer(
             offset = (own_row_M - place_M + token)[:, None] * key_self_stride + channel_d[None, :]
             key_Md = gl.load(key_at + offset, is_read_M[:, None], 0.0)
             result += score_gradient_M[:, None] * key_Md.to(gl.float32)
-        mbarrier.wait(item_ready, item_number & 1)
+        mbarrier.wait(item_ready.index(W), item_number & 1)
         query_Md = query_buffers.index(W)
         gradient_Md = gradient_buffers.index(W)
         if LEFT_IN_REGISTERS:
             query_Md = query_Md.load(left)
             gradient_Md = gradient_Md.load(left)
-            mbarrier.arrive(item_free, count=1)
+            fence_async_shared()
+            mbarrier.arrive(item_free.index(W), count=1)
         blocks = gl.cdiv(length, N)
         if blocks > 0:
             stage = number % STAGES
@@ -447,7 +491,7 @@ def _query_consumer(
             mbarrier.arrive(key_free.index(stage), count=1)
             number += 1
         if not LEFT_IN_REGISTERS:
-            mbarrier.arrive(item_free, count=1)
+            mbarrier.arrive(item_free.index(W), count=1)
         _store_rows(query_gradient, result * scale, first, end, heads, head, W, D)
 
 
@@ -464,19 +508,23 @@ def _query_kernel(
     gradient_buffers = gl.allocate_shared_memory(dtype, [2, 64, D], query_desc.layout)
     key_buffers = gl.allocate_shared_memory(dtype, [STAGES, N, D], key_desc.layout)
     value_buffers = gl.allocate_shared_memory(dtype, [STAGES, N, D], key_desc.layout)
-    item_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    item_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    item_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    item_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(item_ready, count=1)
-    mbarrier.init(item_free, count=2)
+    for w in gl.static_range(2):
+        mbarrier.init(item_ready.index(w), count=1)
+        mbarrier.init(item_free.index(w), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(key_ready.index(i), count=1)
         mbarrier.init(key_free.index(i), count=2)
         mbarrier.init(value_ready.index(i), count=1)
         mbarrier.init(value_free.index(i), count=2)
+    # The gradients of the history may start where a program here ends: what both read is there from now on.
+    _wait_for_last(gl.program_id(0))
+    _allow_next(gl.program_id(0))
     buffers = (query_buffers, gradient_buffers, key_buffers, value_buffers)
     barriers = (item_ready, item_free, key_ready, key_free, value_ready, value_free)
     gl.warp_specialize(
@@ -525,12 +573,11 @@ def _history_producer(
         item_number = item // gl.num_programs(0)
         first, _, begin, rows, padded_row = _load_entry(plan, item, items, key_heads)
         key_head = item % key_heads
-        mbarrier.wait(item_free, (item_number & 1) ^ 1)
-        mbarrier.expect(item_ready, 4 * key_desc.block_type.nbytes)
-        for w in gl.static_range(2):
-            at_row = [first + w * 64, key_head * D]
-            _copy(key_desc, at_row, item_ready, key_buffers.index(w))
-            _copy(value_desc, at_row, item_ready, value_buffers.index(w))
+        _copy_own(
+            key_desc, value_desc, key_buffers, value_buffers, item_ready, item_free, item_number, first, key_head * D,
+            0,
+        )  # fmt: skip
+        until_second = STAGES - 1
         for member in range(group):
             head = key_head * group + member
             line = head * padded + padded_row
@@ -539,15 +586,26 @@ def _history_producer(
                 phase = (number // STAGES & 1) ^ 1
                 mbarrier.wait(query_free.index(stage), phase)
                 ready = query_ready.index(stage)
-                mbarrier.expect(ready, query_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+                mbarrier.expect(ready, query_desc.block_type.nbytes + 2 * lse_desc.block_type.nbytes)
                 _copy(query_desc, [begin + row, head * D], ready, query_buffers.index(stage))
                 _copy(lse_desc, [line + row], ready, lse_buffers.index(stage))
+                _copy(delta_desc, [line + row], ready, delta_buffers.index(stage))
                 mbarrier.wait(gradient_free.index(stage), phase)
                 ready = gradient_ready.index(stage)
-                mbarrier.expect(ready, gradient_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+                mbarrier.expect(ready, gradient_desc.block_type.nbytes)
                 _copy(gradient_desc, [begin + row, head * D], ready, gradient_buffers.index(stage))
-                _copy(delta_desc, [line + row], ready, delta_buffers.index(stage))
                 number += 1
+                until_second -= 1
+                if until_second == 0:
+                    _copy_own(
+                        key_desc, value_desc, key_buffers, value_buffers, item_ready, item_free, item_number, first,
+                        key_head * D, 1,
+                    )  # fmt: skip
+        if until_second > 0:
+            _copy_own(
+                key_desc, value_desc, key_buffers, value_buffers, item_ready, item_free, item_number, first,
+                key_head * D, 1,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -578,13 +636,14 @@ def _history_consumer(
         key_head = item % key_heads
         key_result = gl.zeros([64, D], gl.float32, layout)
         value_result = gl.zeros([64, D], gl.float32, layout)
-        mbarrier.wait(item_ready, item_number & 1)
+        mbarrier.wait(item_ready.index(W), item_number & 1)
         key_Nd = key_buffers.index(W)
         value_Nd = value_buffers.index(W)
         if LEFT_IN_REGISTERS:
             key_Nd = key_Nd.load(left)
             value_Nd = value_Nd.load(left)
-            mbarrier.arrive(item_free, count=1)
+            fence_async_shared()
+            mbarrier.arrive(item_free.index(W), count=1)
         if D > 64:
             if tiles > 0:
                 # Registers are short: of a tile's two products with shares only the key's waits for the next scores.
@@ -704,7 +763,7 @@ def _history_consumer(
             mbarrier.arrive(query_free.index(stage), count=1)
             number += 1
         if not LEFT_IN_REGISTERS:
-            mbarrier.arrive(item_free, count=1)
+            mbarrier.arrive(item_free.index(W), count=1)
         _store_rows(value_gradient, value_result, first, end, key_heads, key_head, W, D)
         _store_rows(key_gradient, key_result * scale, first, end, key_heads, key_head, W, D)
 
@@ -724,14 +783,15 @@ def _history_kernel(
     delta_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, M], lse_desc.layout)
     key_buffers = gl.allocate_shared_memory(dtype, [2, 64, D], key_desc.layout)
     value_buffers = gl.allocate_shared_memory(dtype, [2, 64, D], key_desc.layout)
-    item_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    item_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    item_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    item_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     query_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     query_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     gradient_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     gradient_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(item_ready, count=1)
-    mbarrier.init(item_free, count=2)
+    for w in gl.static_range(2):
+        mbarrier.init(item_ready.index(w), count=1)
+        mbarrier.init(item_free.index(w), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(query_ready.index(i), count=1)
         mbarrier.init(query_free.index(i), count=2)
@@ -766,3 +826,5 @@ def _history_kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+    # Whoever waits for this kernel waits for the gradients of queries too.
+    _wait_for_last(gl.program_id(0))

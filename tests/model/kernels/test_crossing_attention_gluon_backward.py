@@ -44,7 +44,7 @@ def prepare(case: Case, inputs: list[torch.Tensor], out: torch.Tensor, lse: torc
         query, query.stride(0), out_gradient, out_gradient.stride(0), key_self, value_self, key_self.stride(0),
         value_self.stride(0), *offsets, out, lse, statistics, *gradients, plan, counts, case.key_heads,
         case.heads // case.key_heads, case.head_dim**-0.5, requests, slots,
-        TOKENS=case.tokens, ROWS=rows, D=case.head_dim, BLOCK=2, num_warps=4,
+        TOKENS=case.tokens, ROWS=rows, D=case.head_dim, BLOCK=2, IS_CHAINED=False, num_warps=4,
     )  # fmt: skip
     return [x.cpu() for x in (plan, counts, statistics, *gradients)]
 
@@ -117,3 +117,15 @@ def test_whole_matches_float64_with_equal_bits_in_every_run(number: int, head_di
     found = run_kernel(case, number, tiles)
     for _ in range(9):
         assert all(torch.equal(a, b) for a, b in zip(found, run_kernel(case, number, tiles), strict=True))
+
+
+@pytest.mark.skipif(not IS_HOPPER, reason="its instructions are those of Hopper GPUs")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("tokens", [64, 128, 192])
+def test_equal_bits_where_each_item_is_done_in_a_few_tiles(tokens: int, head_dim: int) -> None:
+    """Then an item's own tiles are copied over those of the one before as soon as these are free."""
+    case = Case([tokens] * 16, [3000] * 16, head_dim=head_dim, dtype=torch.bfloat16)
+    tiles = choose_tiles(head_dim, case.dtype)
+    found = run_kernel(case, tokens, tiles)
+    for _ in range(9):
+        assert all(torch.equal(a, b) for a, b in zip(found, run_kernel(case, tokens, tiles), strict=True))
