@@ -17,6 +17,7 @@ in the order in which items came. Rebuild the index and swap it in to drop the r
 import copy
 import math
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -34,13 +35,15 @@ from model.retrieval.rounding import LARGEST_CODE, coded, feedback, sensitivity
 from model.retrieval.rows import NONE, Deltas, ItemId, ItemRows, Layout, check_ids, check_version
 from model.retrieval.rules import Plan, Request, Requests
 from model.retrieval.select import Found, select, select_exactly
-from model.retrieval.streams import lent
+from model.retrieval.streams import current, lent
 
 if TYPE_CHECKING:
     from model.retrieval.fused import FusedSearches
     from model.retrieval.movers import RowMover
 
 GROWTH = 1.5
+DENSE = 2**22
+"""Integer item ids below are looked up in an array of up to so many rows, 32 MB."""
 WAIT_S = 5.0
 """Longest an update waits for requests that still read the table it is to be written into."""
 _CODED, _CODED_FROM = ("code", "scalar", "scale"), "feature"
@@ -360,6 +363,66 @@ class Ids:
         self._count = count
 
 
+class RowNumbers:
+    """Item ids to rows. One thread adds and takes back, any number look up.
+
+    Ids that are integers in [0, DENSE) are looked up in an array, a batch in a few calls, others one by one.
+    """
+
+    def __init__(self) -> None:
+        self._row_of: dict[Any, int] = {}
+        self._dense = np.full(1024, NONE, np.int64)
+        """By id; all known ids in [0, DENSE) have their place here."""
+
+    def get(self, item_id: ItemId) -> int | None:
+        """The row, None where the item never had one."""
+        return self._row_of.get(item_id)
+
+    def of(self, item_ids: Sequence[ItemId]) -> NDArray[np.int64]:
+        """[R], the items' rows, -1 where one never had any."""
+        number_R = _integers(item_ids)
+        if number_R is None:
+            return np.fromiter(map(self._row_of.get, item_ids, repeat(NONE)), np.int64, len(item_ids))
+        dense = self._dense  # another thread may put a larger one in its place
+        row_R: NDArray[np.int64] = dense.take(number_R, mode="clip")
+        if len(number_R) and number_R.max() >= len(dense):
+            row_R[number_R >= len(dense)] = NONE
+        return row_R
+
+    def add(self, item_ids: list[Any], first: int) -> None:
+        """Rows from the first on for ids that have none."""
+        self._row_of.update(zip(item_ids, range(first, first + len(item_ids)), strict=True))
+        row_of = {item: row for row, item in enumerate(item_ids, first) if _is_dense(item)}
+        number_R = np.fromiter(row_of, np.int64, len(row_of))
+        most = int(number_R.max(initial=-1))
+        if most >= len(self._dense):
+            grown = np.full(1 << most.bit_length(), NONE, np.int64)
+            grown[: len(self._dense)] = self._dense
+            self._dense = grown
+        self._dense[number_R] = list(row_of.values())
+
+    def remove(self, item_ids: list[Any]) -> None:
+        """Forget ids that were just added."""
+        for item in item_ids:
+            del self._row_of[item]
+        self._dense[np.fromiter(filter(_is_dense, item_ids), np.int64)] = NONE
+
+
+def _is_dense(item_id: ItemId) -> bool:
+    return isinstance(item_id, int | np.integer) and 0 <= item_id < DENSE
+
+
+def _integers(item_ids: Sequence[ItemId]) -> NDArray[np.int64] | None:
+    """The ids as an array; None unless all are integers in [0, DENSE)."""
+    try:
+        # An array takes no string or fraction for an integer.
+        number_R = np.frombuffer(array("q", item_ids), np.int64)  # type: ignore[type-var]
+    except (TypeError, OverflowError):
+        return None
+    is_dense = not len(number_R) or (number_R.min() >= 0 and number_R.max() < DENSE)
+    return number_R if is_dense else None
+
+
 class LiveIndex:
     """A catalogue of one embedding_version that is searched and updated at once.
 
@@ -400,7 +463,7 @@ class LiveIndex:
         if is_cuda:
             torch.cuda.current_stream(tables[0].device).synchronize()  # which fills them; updates are on other streams
         self._searches = fused_searches(self.retrieval) if (is_cuda if fused is None else fused) else None
-        self._row_of: dict[Any, int] = {}
+        self._rows = RowNumbers()
         self._ids = Ids()
         self._is_there_N = np.zeros(room, np.bool_)
         """is_there_N after the last update, so that none waits for the device to tell; and room to grow."""
@@ -497,7 +560,7 @@ class LiveIndex:
 
     def row_of(self, item_id: ItemId) -> int | None:
         """The row of an item, deleted or not, None where it never had one."""
-        return self._row_of.get(item_id)
+        return self._rows.get(item_id)
 
     def rows_of(self, item_ids: Sequence[ItemId], count: int) -> list[int]:
         """Rows below count of those items that have one."""
@@ -506,7 +569,7 @@ class LiveIndex:
 
     def row_array_of(self, item_ids: Sequence[ItemId], count: int) -> NDArray[np.int64]:
         """The same as an array."""
-        row_X = self._rows(item_ids)
+        row_X = self._rows.of(item_ids)
         return row_X[(row_X >= 0) & (row_X < count)]
 
     # Updates
@@ -523,18 +586,17 @@ class LiveIndex:
             "is_there": torch.from_numpy(np.ones(len(rows), np.bool_)),
         }  # fmt: skip
         with self._writing:
-            row_R = self._rows(rows.item_ids)
+            row_R = self._rows.of(rows.item_ids)
             known, new_R = len(self._ids), (row_R == NONE).nonzero()[0]
             new = [rows.item_ids[at] for at in new_R.tolist()]
             row_R[new_R] = np.arange(known, known + len(new))
             # A request finds a new item's row only in tables that have it: `rows_of` is asked with the table's count.
             self._ids.extend(new)
-            self._row_of.update(zip(new, range(known, known + len(new)), strict=True))
+            self._rows.add(new, known)
             try:
                 self._write(row_R, columns, len(self._ids))
             except BaseException:
-                for item in new:
-                    del self._row_of[item]
+                self._rows.remove(new)
                 self._ids.cut(known)
                 raise
             if len(self._ids) > len(self._is_there_N):
@@ -548,7 +610,7 @@ class LiveIndex:
         check_version("a deletion", embedding_version, self.embedding_version)
         check_ids(item_ids)
         with self._writing:
-            row_R = self._rows(item_ids)
+            row_R = self._rows.of(item_ids)
             row_R = row_R[self._are_there(row_R)]
             gone = torch.zeros(len(row_R), dtype=torch.bool)
             self._write(row_R, {"eligible": gone, "is_there": gone}, len(self._ids))
@@ -559,17 +621,13 @@ class LiveIndex:
         """Set bids, budgets or eligibility; items that are not there, or deleted, stay so. Raises IndexMismatch."""
         check_version("a delta", deltas.embedding_version, self.embedding_version)
         with self._writing:
-            row_R, columns = self._rows(deltas.item_ids), deltas.columns()
+            row_R, columns = self._rows.of(deltas.item_ids), deltas.columns()
             are_there_R = self._are_there(row_R)
             if not are_there_R.all():
                 row_R = row_R[are_there_R]
                 columns = {name: value[torch.from_numpy(are_there_R)] for name, value in columns.items()}
             self._write(row_R, columns, len(self._ids))
             return Applied(len(row_R), len(are_there_R) - len(row_R), self.revision)
-
-    def _rows(self, item_ids: Sequence[ItemId]) -> NDArray[np.int64]:
-        """[R], the items' rows, -1 where one never had any."""
-        return np.fromiter(map(self._row_of.get, item_ids, repeat(NONE)), np.int64, len(item_ids))
 
     def _are_there(self, row_R: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of the rows hold an item, and not a deleted one."""
@@ -590,7 +648,7 @@ class LiveIndex:
         written = Behind(row_R, frozenset(columns))
         idle.behind = [*behind, written]  # until the swap: should the write fail, the next one copies these rows back
         outgrown = idle.table if count > idle.table.capacity else None
-        with lent(self.device) as stream, torch.cuda.stream(stream):
+        with lent(self.device) as stream, current(stream):
             if outgrown is not None:
                 idle.table = reading.table.grown(max(count, int(reading.table.capacity * GROWTH)))
                 behind = []

@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from benchmarks.index import torn_reads
 from model.errors import DataError, IndexBusy, IndexMismatch, ShapeError
 from model.retrieval import index as index_module
 from model.retrieval import reference
-from model.retrieval.index import IndexHolder, LiveIndex
+from model.retrieval.index import DENSE, IndexHolder, LiveIndex, RowNumbers
 from model.retrieval.rows import Deltas, ItemRows, Layout, read_rows, write_rows
 from model.retrieval.rules import Plan, Request
 from model.retrieval.scorer import DotScorer, InteractionScorer
@@ -371,3 +372,27 @@ def test_parquet_of_ids_and_embeddings_alone_is_enough(tmp_path: Path) -> None:
     pq.write_table(ragged.replace_schema_metadata({"embedding_version": VERSION}), tmp_path / "ragged.parquet")
     with pytest.raises(DataError, match="must all have one length"):
         read_rows(tmp_path / "ragged.parquet")
+
+
+@pytest.mark.parametrize("others", [[], ["12", "x"], [-3, DENSE, 2**70], [12.5]])
+def test_ids_of_all_kinds_have_their_rows(others: list[Any]) -> None:
+    """Integers alone are looked up in an array, which grows; a string is not the number it spells."""
+    ids = [5, 12, 1024, 5000, np.int64(7), DENSE - 1, *others]
+    rows = RowNumbers()
+    rows.add(ids[:3], 0)
+    rows.add(ids[3:], 3)
+    assert rows.of(ids).tolist() == list(range(len(ids)))
+    assert rows.of([5000, 6, 7, 12, 1025]).tolist() == [3, -1, 4, 1, -1]
+    for unknown in ("5", 5.5, -1, DENSE + 1, 2**70 + 1, None):
+        assert rows.of([12, unknown]).tolist() == [1, -1]
+    assert rows.of([]).tolist() == []
+    rows.remove(ids[3:])
+    assert rows.of(ids).tolist() == [0, 1, 2, *[-1] * (len(ids) - 3)]
+    assert [rows.get(12), rows.get(5000)] == [1, None]
+
+
+def test_numbers_past_the_largest_known_have_no_row() -> None:
+    """The array is shorter than the ids that are asked for."""
+    rows = RowNumbers()
+    rows.add([1023], 0)
+    assert rows.of([DENSE - 1, 1023, 1024]).tolist() == [-1, 0, -1]
