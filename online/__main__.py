@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings, is_worker: bool) -> int:
-    # One core a process. Read when numpy and torch are first imported, so set before that.
+    # One core a process, workers multiply. Read when numpy and torch are first imported, so set before that.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     told_to_stop = threading.Event()

@@ -50,7 +50,6 @@ class Server:
 
         reuse_port: let other processes listen on the same port. Raises ConfigError for files or ports unfit for use.
         """
-        torch.set_num_threads(1)  # one core a process; workers multiply
         if settings.device != "cpu" and not torch.cuda.is_available():
             raise ConfigError(f"device {settings.device} is asked for, and there is no CUDA here")
         self.settings = settings

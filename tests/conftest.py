@@ -13,13 +13,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+THREADS = torch.get_num_threads()
+
+
 @pytest.fixture(autouse=True)
-def as_many_threads_as_before() -> Iterator[None]:
-    """What one test asks of PyTorch's threads must not reach the next: sums round by how they are shared out."""
-    threads = torch.get_num_threads()
-    yield
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+def as_many_threads_as_at_first() -> None:
+    """What other tests and wider fixtures asked of PyTorch's threads must not reach a test: sums round by it."""
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

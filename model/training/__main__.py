@@ -162,7 +162,7 @@ def _train_scorer(
     for row in history:
         print(json.dumps({name: round(value, 4) for name, value in row.items()}))
     if not result.summary["best_step"] and len(history) > 1:
-        print("no better than its beginning on the held-out events: the line of dot product and counts was kept")
+        print("no better on the held-out events than its beginning, which was kept")
 
 
 def _epochs(text: str) -> tuple[int, ...]:
