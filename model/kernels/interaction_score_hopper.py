@@ -2,9 +2,9 @@
 
 Folded first layer (E + 16) x H and second layer H x G, 205 KB of the 227 for 256, 256 and 128, are loaded once a
 program; a program then takes tile after tile of 128 items: loaded straight into registers as the left operand of the
-first product, whose result is the left operand of the second. Nothing of an item touches shared memory. The two warp
-groups take turns at the first product, so that one has the matrix units to itself there while the other adds biases.
-Programs of all requests go over the items in the same order, so that tiles are read from device memory once.
+first product, whose result is the left operand of the second. Nothing of an item touches shared memory, so the two warp
+groups never wait for one another: while one adds biases, the other has the matrix units. Programs of all requests go
+over the items in the same order, so that tiles are read from device memory once.
 
 A search (`fused.FusedSearch`) wants keys made of the scores and keys counted (`slate_triton`): here that is a few
 instructions an item, and the atomics are done while the matrix units work.
@@ -25,8 +25,6 @@ from model.kernels.slate_triton import BINS, NO_KEY, Rules, Work
 
 WARPS = 8
 ROWS = 16 * WARPS
-TURNS = 2
-"""0: warp groups run as they come; 1: the second begins when the first has its first product; 2: so at every tile."""
 SHARED_BYTES = 227 * 1024
 _SCALARS: gl.constexpr = gl.constexpr(MAX_SCALARS)
 _BINS: gl.constexpr = gl.constexpr(BINS)
@@ -78,7 +76,7 @@ def score(
         *of_keys, STRIDE=items.embedding_NE.stride(0), SCALAR_STRIDE=items.scalar_NS.stride(0),
         E=items.embedding_NE.shape[1], H=hidden, G=second, T=len(weights.out_bias_T),
         VECTOR=vector_of(items.embedding_NE), IS_SCALED=items.scale_N is not None, HAS_DOT=weights.dot_T is not None,
-        HAS_KEYS=keys is not None, CHAINED=is_chained, TURNS=TURNS, WARPS=WARPS, num_warps=WARPS, **chain,
+        HAS_KEYS=keys is not None, CHAINED=is_chained, WARPS=WARPS, num_warps=WARPS, **chain,
     )  # fmt: skip
 
 
@@ -124,44 +122,6 @@ def _share(at, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr):
     return matrix
 
 
-_WAIT: gl.constexpr = gl.constexpr(
-    """{
-    .reg .pred mine, goes;
-    .reg .u32 thread, group, name;
-    mov.u32 thread, %tid.x;
-    shr.u32 group, thread, 7;
-    add.u32 name, group, 14;
-    setp.ne.s32 goes, $1, 0;
-    @goes bar.sync name, 256;
-    mov.b32 $0, 0;
-    }"""
-)
-_PASS: gl.constexpr = gl.constexpr(
-    """{
-    .reg .pred goes;
-    .reg .u32 thread, group, name;
-    mov.u32 thread, %tid.x;
-    shr.u32 group, thread, 7;
-    sub.u32 name, 15, group;
-    setp.ne.s32 goes, $1, 0;
-    @goes bar.arrive name, 256;
-    mov.b32 $0, 0;
-    }"""
-)
-
-
-@gluon.jit
-def _wait_turn(goes, WARPS: gl.constexpr):
-    """Wait until the other warp group passed the turn. goes: i32, 0: do not; one for a warp group's threads."""
-    gl.inline_asm_elementwise(_WAIT, "=r,r", [goes], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _pass_turn(goes, WARPS: gl.constexpr):
-    """Let the other warp group have the turn."""
-    gl.inline_asm_elementwise(_PASS, "=r,r", [goes], dtype=gl.int32, is_pure=False, pack=1)
-
-
 @gluon.jit(do_not_specialize=["requests"])
 def _score_kernel(
     embedding_NE, scalar_NS, scale_N, weight_BKH, bias_BH, second_HG, second_bias_G, out_TG, out_bias_T, score_BTN,
@@ -169,7 +129,7 @@ def _score_kernel(
     key_BN, count_BC, key_stride,
     STRIDE: gl.constexpr, SCALAR_STRIDE: gl.constexpr, E: gl.constexpr, H: gl.constexpr, G: gl.constexpr,
     T: gl.constexpr, VECTOR: gl.constexpr, IS_SCALED: gl.constexpr, HAS_DOT: gl.constexpr, HAS_KEYS: gl.constexpr,
-    CHAINED: gl.constexpr, TURNS: gl.constexpr, WARPS: gl.constexpr,
+    CHAINED: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Every so manieth tile of one request. What the kernels before it in a chain write is loaded after their end."""
     ROWS: gl.constexpr = 16 * WARPS
@@ -206,9 +166,6 @@ def _score_kernel(
     fence_async_shared()
     _barrier()
 
-    group = gl.arange(0, 32 * WARPS, LINE) // 128
-    if TURNS == 2 and start * ROWS < count:
-        _pass_turn(group, WARPS)
     first_zeros = gl.zeros([ROWS, H], gl.float32, FIRST)
     second_zeros = gl.zeros([ROWS, G], gl.float32, SECOND)
     for tile in range(start, (count + ROWS - 1) // ROWS, step):
@@ -224,21 +181,12 @@ def _score_kernel(
             factor = gl.load(factor_BN + at_key)
             stamp = gl.load(stamp_BN + at_key)
         left = _as_left_operand(item, FIRST_LEFT, VECTOR).to(gl.bfloat16)
-        if TURNS == 1:
-            _wait_turn(group * (tile == start).to(gl.int32), WARPS)
-        if TURNS == 2:
-            _wait_turn(group * 0 + 1, WARPS)
         hidden = warpgroup_mma(left, first, first_zeros, use_acc=False, is_async=True)
         if IS_SCALED:
             hidden = warpgroup_mma_wait(0, deps=[hidden]) * scale[:, None]
         left = _as_left_operand(scalar, FIRST_LEFT, 4)
         hidden = warpgroup_mma(left, first_of_scalars, hidden, is_async=True)
         hidden = warpgroup_mma_wait(0, deps=[hidden])
-        if TURNS == 1:
-            _pass_turn((1 - group) * (tile == start).to(gl.int32), WARPS)
-        if TURNS == 2:  # after the last tile the first group is not waited for
-            is_last = ((tile + step) * ROWS >= count).to(gl.int32)
-            _pass_turn(1 - group * is_last, WARPS)
         item = _load_rows(embedding_NE, STRIDE, (tile + step) * ROWS, count, E, VECTOR, WARPS)
         scalar = _load_rows(scalar_NS, SCALAR_STRIDE, (tile + step) * ROWS, count, _SCALARS, 4, WARPS)
         hidden = gl.maximum(hidden + bias.load(gl.SliceLayout(0, FIRST))[None, :], 0.0)

@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from model.errors import IndexBusy, ShapeError
-from model.kernels.interaction_score import ItemFeatures
+from model.kernels.interaction_score import MAX_SCALARS, ItemFeatures
 from model.retrieval.rounding import LARGEST_CODE, coded, feedback, sensitivity
 from model.retrieval.rows import NONE, Deltas, ItemId, ItemRows, Layout, check_ids, check_version
 from model.retrieval.rules import Plan, Request, Requests
+from model.retrieval.scorer import InteractionScorer
 from model.retrieval.select import Found, select, select_exactly
 from model.retrieval.streams import current, lent
 
@@ -67,18 +68,21 @@ class ItemTable(nn.Module):
     """Not deleted. For updates; requests read eligibility, which a deletion takes too."""
 
     def __init__(
-        self, layout: Layout, capacity: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
-    ) -> None:
+        self, layout: Layout, capacity: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu",
+        scalar_room: int = 0,
+    ) -> None:  # fmt: skip
         """capacity: rows there is room for.
 
         dtype: of embeddings and scalars, float32, bfloat16 or float64; or of embeddings, int8 or float8_e4m3fn.
-        Raises ShapeError for another one.
+        scalar_room: columns of scalars that a row has at least; those past the layout's hold zeros.
+        Raises ShapeError for another dtype.
         """
         super().__init__()
         if dtype not in (torch.float32, torch.bfloat16, torch.float64, *LARGEST_CODE):
             raise ShapeError(f"rows must be float32, bfloat16, float64, int8 or float8_e4m3fn, got {dtype}")
         self.layout = layout
         self.dtype = dtype
+        self.scalar_room = max(scalar_room, layout.scalars)
         self.capacity = capacity
         """Rows there is room for."""
         self.feedback_EE: torch.Tensor | None = None
@@ -92,10 +96,10 @@ class ItemTable(nn.Module):
 
         if dtype in LARGEST_CODE:
             room("code_NE", layout.embedding_dim, 0, torch.int8)  # float8 as its bits: few operations take it
-            room("scalar_NS", layout.scalars, 0, torch.bfloat16)
+            room("scalar_NS", self.scalar_room, 0, torch.bfloat16)
             room("scale_N", None, 1, torch.float32)
         else:
-            room("feature_NF", layout.features, 0, dtype)
+            room("feature_NF", layout.embedding_dim + self.scalar_room, 0, dtype)
         room("mask_NW", layout.mask_words, 0, torch.int64)
         room("category_N", None, NONE, torch.int64)
         room("advertiser_N", None, NONE, torch.int64)
@@ -116,7 +120,7 @@ class ItemTable(nn.Module):
         self.bytes_a_row = sum(width for _, width in self.place_of.values())
 
     def items(self) -> ItemFeatures:
-        """What kernels read of all rows, in place."""
+        """What kernels read of all rows, in place; scalars as wide as there is room for."""
         if self.dtype in LARGEST_CODE:
             codes = self.get_buffer("code_NE").view(self.dtype)
             return ItemFeatures(codes, self.get_buffer("scalar_NS"), self.get_buffer("scale_N"))
@@ -126,10 +130,10 @@ class ItemTable(nn.Module):
     def features(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """[R, F], what scorers read: as they lie in memory, or of int8 and float8 rows in float32."""
         if self.dtype not in LARGEST_CODE:
-            return self.get_buffer("feature_NF")[rows]
+            return self.get_buffer("feature_NF")[rows, : self.layout.features]
         code_RE = self.get_buffer("code_NE")[rows].view(self.dtype).float()
         scaled_RE = code_RE * self.get_buffer("scale_N")[rows][:, None]
-        return torch.cat([scaled_RE, self.get_buffer("scalar_NS")[rows].float()], dim=1)
+        return torch.cat([scaled_RE, self.get_buffer("scalar_NS")[rows, : self.layout.scalars].float()], dim=1)
 
     def used(self) -> "Columns":
         """What the graph reads, up to the high-water mark."""
@@ -150,8 +154,8 @@ class ItemTable(nn.Module):
 
     def stored(self, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Columns, named without their axes, as the buffers keep them, by the buffers' names; where they are."""
-        if self.dtype in LARGEST_CODE and "feature" in columns:
-            columns = columns | self._coded(columns["feature"].float())
+        if "feature" in columns:
+            columns = columns | self._features(columns["feature"])
         there = {name: columns.get(column) for name, column in self._column_of.items()}
         # Only what needs a cast is asked for one: another thread may come in at every call into PyTorch.
         return {
@@ -159,8 +163,14 @@ class ItemTable(nn.Module):
             for name, value in there.items() if value is not None
         }  # fmt: skip
 
-    def _coded(self, feature_RF: torch.Tensor) -> dict[str, torch.Tensor]:
-        width = self.layout.embedding_dim
+    def _features(self, feature_RF: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The columns that embeddings and scalars are kept in."""
+        width, missing = self.layout.embedding_dim, self.scalar_room - self.layout.scalars
+        if missing:
+            feature_RF = torch.nn.functional.pad(feature_RF, (0, missing))
+        if self.dtype not in LARGEST_CODE:
+            return {"feature": feature_RF}
+        feature_RF = feature_RF.float()
         code_RE, scale_R = coded(feature_RF[:, :width], self.dtype, self.feedback_EE)
         return {"code": code_RE.view(torch.int8), "scalar": feature_RF[:, width:], "scale": scale_R}
 
@@ -181,12 +191,21 @@ class ItemTable(nn.Module):
 
     def grown(self, capacity: int) -> "ItemTable":
         """A table of more room with the same rows."""
-        table = ItemTable(self.layout, capacity, dtype=self.dtype, device=self.device)
+        table = ItemTable(
+            self.layout, capacity, dtype=self.dtype, device=self.device, scalar_room=self.scalar_room
+        )  # fmt: skip
         table.feedback_EE = self.feedback_EE
         for name, buffer in self.named_buffers():
             table.get_buffer(name)[: self.capacity].copy_(buffer)
         table.count = self.count
         return table
+
+
+def scalars_read_at_once(scorer: nn.Module, dtype: torch.dtype) -> int:
+    """Columns of scalars that the fastest kernel wants of a row, 0 where it does not compute this scorer."""
+    if not isinstance(scorer, InteractionScorer) or dtype not in (torch.bfloat16, *LARGEST_CODE):
+        return 0
+    return MAX_SCALARS if scorer.scalars <= MAX_SCALARS else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,7 +468,10 @@ class LiveIndex:
         self.layout = rows.layout
         self.retrieval = Retrieval(rows.layout, copy.deepcopy(scorer)).to(device).eval()
         room = max(len(rows), capacity or 0, 1)
-        tables = [ItemTable(rows.layout, room, dtype=dtype, device=device) for _ in range(2)]
+        scalar_room = scalars_read_at_once(scorer, dtype)
+        tables = [
+            ItemTable(rows.layout, room, dtype=dtype, device=device, scalar_room=scalar_room) for _ in range(2)
+        ]  # fmt: skip
         if users is not None and dtype in LARGEST_CODE:
             if users.ndim != 2 or users.shape[1] != rows.layout.embedding_dim or not len(users):
                 raise ShapeError(f"users must have shape [U, {rows.layout.embedding_dim}], got {list(users.shape)}")

@@ -339,6 +339,33 @@ def test_rows_of_8_bits_keep_a_scale_each(dtype: torch.dtype, off: float) -> Non
     assert np.array_equal(found.utility_BK[0], rows.feature_RF[:, 0].numpy()[by_value])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_rows_have_as_many_scalars_as_the_kernel_wants_and_show_their_own(dtype: torch.dtype) -> None:
+    """What is past them is zero, also after updates and growth, and no reader but the kernels sees it."""
+    layout, rng = Layout(embedding_dim=4, scalars=3), np.random.default_rng(0)
+    embedding_RE, scalar_RS = rng.integers(-3, 4, (30, 4)), rng.integers(-3, 4, (30, 3))
+    embedding_RE[:, 0] = 7  # int8 and float8 hold seven and multiples of its share
+    parts = [
+        ItemRows.build(VERSION, layout, items, embedding_RE[items].astype(np.float32), scalar_RS=scalar_RS[items])
+        for items in (list(range(20)), list(range(10, 30)))
+    ]
+    scorer = InteractionScorer(4, 3, hidden=(8, 4))
+    index = LiveIndex(parts[0], scorer, dtype=dtype)
+    index.upsert(parts[1])
+    with index.pin() as pinned:
+        items = pinned.table.items()
+        assert items.scalar_NS.shape == (pinned.table.capacity, 16)
+        assert np.array_equal(items.scalar_NS[:30, :3].float().numpy(), scalar_RS)
+        assert not items.scalar_NS[:, 3:].any()
+        feature_NF = pinned.table.features(slice(30))
+    assert feature_NF.shape == (30, 7)
+    assert np.array_equal(feature_NF[:, 4:].float().numpy(), scalar_RS)
+    found = index.search(np.ones((1, 4), np.float32), [Request()], Plan(k=30), VERSION)
+    with torch.inference_mode():
+        score_N = scorer(torch.ones(1, 4), feature_NF.float())[0, 0].numpy()
+    assert found.row_BK[0].tolist() == np.argsort(-score_N, kind="stable").tolist()
+
+
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(ShapeError, match=r"int8 or float8_e4m3fn, got torch\.int32"):
         LiveIndex(rows_of({10: 1}), DotScorer(), dtype=torch.int32)
