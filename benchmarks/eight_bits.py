@@ -1,6 +1,6 @@
 """int8 and float8 rows of the item index against bfloat16 rows, on a trained tower: share of the best 1,000 both find.
 
-    python -m benchmarks.eight_bits --device cuda [--data FOLDER] [--only dot mlp] [--quick] [--no-record]
+    python -m benchmarks.eight_bits --device cuda [--data FOLDER] [--kept FILE] [--only dot mlp] [--quick] [--no-record]
 
 A tower is trained on globo-news as benchmarks.quality trains it and an interaction scorer on it, both cut off by the
 clock. Items: all of the catalogue, with their counts of clicks as of the midnight before the test day; and 1,000,000,
@@ -61,6 +61,20 @@ class Trained:
     sample_UE: torch.Tensor
     """Of the day before."""
     told: str
+
+
+def kept_or_trained(args: argparse.Namespace) -> Trained:
+    """What the file of an earlier run holds, where one is named and there; else what training gives, kept in it."""
+    if args.kept is None or not args.kept.exists():
+        made = trained(args)
+        if args.kept is not None:
+            torch.save(made, args.kept)
+        return made
+    kept: Trained = torch.load(args.kept, map_location="cpu", weights_only=False)
+    return replace(
+        kept, scorer=kept.scorer.to(args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32),
+        user_BE=kept.user_BE.to(args.device), sample_UE=kept.sample_UE.to(args.device),
+    )  # fmt: skip
 
 
 def trained(args: argparse.Namespace) -> Trained:
@@ -201,11 +215,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8000, help="of the scorer, at most")
     parser.add_argument("--targets", type=int, default=100_000, help="events that the scorer learns from")
     parser.add_argument("--validation", type=int, default=1000, help="held-out events that choose its weights")
+    parser.add_argument(
+        "--kept", type=Path, help="file with the trained tower's rows and users; made if it is not there"
+    )
     parser.add_argument("--out", type=Path, help="folder for the figures as JSON, written after each")
     parser.add_argument("--quick", action="store_true", help="2,000 items around, few users; records nothing")
     parser.add_argument("--no-record", action="store_true")
     args = parser.parse_args(argv)
-    made = trained(args)
+    made = kept_or_trained(args)
     users, many, k = (8, 2000, 100) if args.quick else (USERS, MANY, K)
     scorers = {"dot": DotScorer(), "mlp": made.scorer}
     found: dict[tuple[str, str, str], float] = {}

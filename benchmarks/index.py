@@ -18,11 +18,11 @@ key-value map in the process.
 Before that, how the slates' composition shifts from 8 shards with quotas and caps of their own to the global slate.
 
 Updates: one thread searches without pause; another applies batches of updates ten times a second, a tenth of them whole
-rows, the rest bids and budgets; once more as a server gets them, as Parquet bytes that the same thread reads. Windows
-of half a second come in rounds, a quiet one and one of each load, in an order drawn anew, so that the machine's drift
-meets all alike; p50 and p99 of all requests of a load's windows over those of the quiet ones, with the interval that
-95 % of the ratios of windows drawn again lie in. A rate of 0 shows what that comes to where nothing differs. Threads
-run on whatever cores they are given.
+rows, the rest bids and budgets; once more as a server gets them, as Parquet bytes that the same thread reads. Quiet
+windows of a fifth of a second and loaded ones take turns, so that the machine's drift meets both alike; p50 and p99 of
+all requests of a load's windows over those of the quiet ones before them, with the interval that 95 % of the ratios of
+pairs drawn again lie in. A rate of 0 shows what that comes to where nothing differs. Garbage that was there before is
+frozen, as a server does. Threads run on whatever cores they are given.
 
 Torn reads: threads search and read rows while another writes, deletes and grows the index; every row's fields carry one
 number, the rows of a group always change together, and an answer that shows anything else is torn.
@@ -535,7 +535,8 @@ class HostRules:
 # Updates under load
 
 BATCHES_PER_S = 10
-ROUNDS, SELDOM, WINDOW_S = 16, 4, 0.5
+ROUNDS, SELDOM, WINDOW_S = 40, 3, 0.2
+"""Of pairs of windows: 40 of two loads and 14 of three, 49 s."""
 RESAMPLES = 400
 
 
@@ -548,7 +549,7 @@ class Load:
     is_fed: bool = False
     """Updates come as bytes, and the thread that applies them reads them first, as `online.item_feed` does."""
     every: int = 1
-    """Rounds from one window to the next."""
+    """Rounds from one pair of windows to the next."""
 
     @property
     def measure(self) -> str:
@@ -566,7 +567,7 @@ def updates(
 ) -> list[dict[str, Any]]:
     """Latency of one request after the other while rows are updated at each rate; the entries to record.
 
-    rounds: of a quiet window and a window of each load, in an order drawn anew.
+    rounds: of a quiet window and a loaded one for each load, the loads in an order drawn anew.
     """
     rows = make_rows(items)
     torch.manual_seed(0)
@@ -576,25 +577,25 @@ def updates(
     index.prepare(plan)
     batches = {}
     for load in LOADS:
-        made = make_batches(rows, load)
-        if made is None:
+        some = make_batches(rows, load)
+        if some is None:
             print("  updates as bytes: left out, redis is not installed", flush=True)
         else:
-            batches[load] = itertools.cycle(made)
-    quiet: list[Window] = []
-    loaded: dict[Load, list[Window]] = {load: [] for load in batches}
+            batches[load] = itertools.cycle(some)
+    found = [Loaded(load, [], []) for load in batches]
     rng = np.random.default_rng(0)
+    for load, made in batches.items():
+        _window(index, users, requests, plan, window_s, made if load.rate else None)
     with as_the_service_runs():
-        for _ in range(4):
+        for _ in range(10):
             _window(index, users, requests, plan, window_s, None)
         for number in range(rounds):
-            turns = [None, *(load for load in batches if number % load.every == 0)]
+            turns = [one for one in found if number % one.load.every == 0]
             for place in rng.permutation(len(turns)).tolist():
-                load = turns[place]
-                batch = None if load is None or not load.rate else batches[load]
-                window = _window(index, users, requests, plan, window_s, batch)
-                (quiet if load is None else loaded[load]).append(window)
-    found = [Loaded(load, quiet, windows) for load, windows in loaded.items()]
+                one = turns[place]
+                one.quiet.append(_window(index, users, requests, plan, window_s, None))
+                batch = batches[one.load] if one.load.rate else None
+                one.loaded.append(_window(index, users, requests, plan, window_s, batch))
     for one in found:
         print(f"  {one.line()}", flush=True)
     noise = found[0]
@@ -633,7 +634,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Windows beside updates, and windows without."""
+    """Windows beside updates, and before each a window without."""
 
     load: Load
     quiet: list[Window]
@@ -644,15 +645,13 @@ class Loaded:
         return self.at(percent, self.loaded) / self.at(percent, self.quiet)
 
     def interval(self, percent: float) -> tuple[float, float]:
-        """Where 95 % of the ratios of windows drawn again from both kinds lie: requests of a window are not apart."""
+        """Where 95 % of the ratios of pairs of windows drawn again lie: requests of a window are not apart."""
         rng = np.random.default_rng(0)
         sides = [[np.asarray(window.request_ms) for window in windows] for windows in (self.loaded, self.quiet)]
         ratios = []
         for _ in range(RESAMPLES):
-            ours, theirs = (
-                np.percentile(np.concatenate([side[at] for at in rng.integers(0, len(side), len(side))]), percent)
-                for side in sides
-            )
+            drawn = rng.integers(0, len(self.quiet), len(self.quiet))
+            ours, theirs = (np.percentile(np.concatenate([side[at] for at in drawn]), percent) for side in sides)
             ratios.append(ours / theirs)
         low, high = np.percentile(ratios, [2.5, 97.5]).tolist()
         return low, high

@@ -109,6 +109,9 @@ def score(
 ) -> None:  # fmt: skip
     """Write the scores of the first `count` items. rows: of a tile."""
     capacity, width = items.embedding_NE.shape
+    is_hopper = items.embedding_NE.is_cuda and torch.cuda.get_device_capability(items.embedding_NE.device)[0] == 9
+    # With more, Triton 3.6 converts a step's codes into registers that the step before's products still read.
+    stages = 1 if is_hopper and items.scale_N is not None else 2
     hidden, second = weights.second_HG.shape
     _score_kernel[(triton.cdiv(capacity, rows), len(folded.bias_BH))](
         items.embedding_NE, items.embedding_NE.stride(0), items.scalar_NS, items.scalar_NS.stride(0),
@@ -116,7 +119,7 @@ def score(
         weights.second_HG, weights.second_bias_G, weights.out_TG, weights.out_bias_T, score_BTN, score_BTN.stride(0),
         score_BTN.stride(1), count, *folded.dot(weights), scalars=items.scalar_NS.shape[1], E=width, H=hidden, G=second,
         T=len(weights.out_bias_T), VECTOR=vector_of(items.embedding_NE), IS_SCALED=items.scale_N is not None,
-        HAS_DOT=weights.dot_T is not None, ROWS=rows, num_warps=8, num_stages=2,
+        HAS_DOT=weights.dot_T is not None, ROWS=rows, num_warps=8, num_stages=stages,
     )  # fmt: skip
 
 

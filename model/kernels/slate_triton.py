@@ -1,5 +1,6 @@
 """From scores to slates on the GPU: rules, the best candidates, their order, caps; a fixed sequence of small kernels.
 
+    bring    the batch from page-locked memory, where the host writes it
     ready    clear the counts, mark the rows that a request excludes; filters and bids: what an item's scores are
              multiplied by, or NaN
     apply    one int32 key an item, in the utility's order; keys are counted by their upper 16 bits, a bin for each
@@ -11,7 +12,7 @@
     within   with two caps, the same of those that were taken, in rounds
     place    a taken candidate's place in the slate is the number of taken ones above it
 
-The first needs no scores and may run beside the kernels that make them.
+The first two need no scores; ready may run beside the kernels that make them.
 
 The meaning is that of `retrieval.select.select` with a pool that may be less than full: the keys in it are always all
 keys above some bound. Atomics add integers only, and the order in which candidates come into a bin leaves no trace, so
@@ -24,8 +25,9 @@ No size is read from the device, so a CUDA graph may hold the whole sequence: ho
 exclude what, and the caps are numbers in device memory.
 
 A chain (`Work.is_chained`, compute capability 9 on): a kernel is launched while the one before it still runs, and waits
-for its end before it touches memory that others write. As every kernel of a chain waits, the end of one is the
-end of all before it.
+for its end before it touches memory that this one writes. As every kernel of a chain waits, the end of one is the end
+of all before it. Those here let the next one begin after they have waited themselves: it may read at once what the
+kernels before the last wrote.
 
 Legend: as in model.retrieval; P pool, X excluded rows of all requests, Q places walked.
 """
@@ -139,8 +141,16 @@ class Placed:
     """i32, 0 or 1."""
 
 
-def ready(rules: Rules, work: Work, block: int = 256, group: int = 4) -> None:
-    """Counts cleared, excluded rows marked, factors of all items. block, group: items and requests of a program."""
+def bring(here: torch.Tensor, there: torch.Tensor, block: int = 512) -> None:
+    """Copy page-locked memory to the device by a kernel, which the next may be chained to. Both i64, contiguous."""
+    _bring_kernel[(triton.cdiv(len(here), block),)](here, there, len(here), BLOCK=block, num_warps=4)
+
+
+def ready(rules: Rules, work: Work, block: int = 256, group: int = 4, *, is_first: bool = True) -> None:
+    """Counts cleared, excluded rows marked, factors of all items.
+
+    block, group: items and requests of a program. is_first: no kernel of the chain is before it.
+    """
     requests, items = work.factor_BN.shape
     category, country, _ = rules.field_words
     marks = triton.cdiv(len(rules.excluded_X), 1024)
@@ -152,7 +162,7 @@ def ready(rules: Rules, work: Work, block: int = 256, group: int = 4) -> None:
         rules.excluded_of_X, rules.head, work.stamp_BN, work.factor_BN, work.count_BC, requests,
         work.factor_BN.stride(0), marks, cleared, tiles, W=rules.mask_NW.shape[1], SECOND_FIELD=category,
         THIRD_FIELD=category + country, A=rules.attribute_NA.shape[1], BLOCK=block, GROUP=group,
-        CHAINED=work.is_chained, num_warps=4,
+        num_warps=4, **({"CHAINED": work.is_chained} if is_first else work.chain()),
     )  # fmt: skip
 
 
@@ -255,6 +265,12 @@ def _field_allows(
     return is_clear & (has | ~is_asked)
 
 
+@triton.jit
+def _bring_kernel(here, there, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(there + at, tl.load(here + at, at < count, cache_modifier=".cv"), at < count)
+
+
 @triton.jit(do_not_specialize=["requests", "marks", "cleared", "tiles"])
 def _ready_kernel(
     mask_NW, eligible_N, budget_N, attribute_NA, bid_N, power_B, required_BW, forbidden_BW, lower_BA, upper_BA,
@@ -264,6 +280,7 @@ def _ready_kernel(
 ):  # fmt: skip
     """Excluded rows, or counts to clear, or BLOCK items for up to GROUP requests one after the other."""
     if CHAINED:
+        gdc_wait()
         gdc_launch_dependents()
     count = tl.load(head)
     run = tl.load(head + 2)
@@ -367,8 +384,8 @@ def _begin_bins(count, end, above, POOL: tl.constexpr):
 def _bound_kernel(count_BC, end_BC, bound_B3, POOL: tl.constexpr, CHAINED: tl.constexpr):
     """One request. The bins of negative keys are looked at where all others fit."""
     if CHAINED:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     request = tl.program_id(0).to(tl.int64)
     count = count_BC + request * _BINS
     end = end_BC + request * _BINS
@@ -387,15 +404,15 @@ def _gather_kernel(
     key_BN, end_BC, bound_B3, pool_BP, group_N, other_group_N, pool_group_CBP, group_stride, head, items,
     CAPS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     request = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK
     count = tl.load(head)
+    row = first + tl.arange(0, BLOCK)
+    key = tl.load(key_BN + request * items + row, row < count, _NO_KEY)
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     if first < count:
-        row = first + tl.arange(0, BLOCK)
-        key = tl.load(key_BN + request * items + row, row < count, _NO_KEY)
         bin_ = (key >> 16) + _HALF
         is_in = (key != _NO_KEY) & (bin_ >= tl.load(bound_B3 + request * 3))
         at = tl.atomic_add(end_BC + request * _BINS + bin_, tl.full([BLOCK], 1, tl.int32), is_in, sem="relaxed")
@@ -414,19 +431,37 @@ def _row_of(candidate):
 
 
 @triton.jit
+def _same_group(group, mine, begin, POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
+    """f32 [BLOCK, OTHERS], whose sum along each row is how many places before begin are of its group.
+
+    begin: a multiple of OTHERS. Groups are loaded two steps ahead: a step alone is shorter than a load.
+    """
+    found = tl.zeros([BLOCK, OTHERS], tl.float32)
+    column = tl.arange(0, OTHERS)
+    theirs = tl.load(group + column)
+    later = tl.load(group + min(OTHERS, POOL - OTHERS) + column)
+    for start in tl.range(0, begin, OTHERS):
+        last = tl.load(group + tl.minimum(start + 2 * OTHERS, POOL - OTHERS) + column)
+        found += (theirs[None, :] == mine[:, None]).to(tl.float32)
+        theirs = later
+        later = last
+    return found
+
+
+@triton.jit
 def _order_kernel(
     pool_BP, pool_group_CBP, count_BC, end_BC, bound_B3, head, ordered_BP, group_CBP, take_BP, group_stride,
     CAPS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK places of the pool: what is before the first one's bin is above, what is past the last one's is not."""
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     request = tl.program_id(1).to(tl.int64)
     pool = pool_BP + request * POOL
     group = pool_group_CBP + request * POOL
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     fill = tl.load(bound_B3 + request * 3 + 1)
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     mine = tl.load(pool + number)
     if CAPS > 0:
         my_group = tl.load(group + number)
@@ -440,14 +475,9 @@ def _order_kernel(
         begin = (tl.load(end_BC + highest) - tl.load(count_BC + highest)) // OTHERS * OTHERS
         is_above = tl.zeros([BLOCK, OTHERS], tl.float32)  # floats count in one instruction less than integers
         if CAPS > 0:
-            in_group = tl.zeros([BLOCK, OTHERS], tl.float32)
-            if CAPS > 1:
-                in_other = tl.zeros([BLOCK, OTHERS], tl.float32)
-            for start in tl.range(0, begin, OTHERS):
-                other = start + tl.arange(0, OTHERS)
-                in_group += (tl.load(group + other)[None, :] == my_group[:, None]).to(tl.float32)
-                if CAPS > 1:
-                    in_other += (tl.load(group + group_stride + other)[None, :] == my_other[:, None]).to(tl.float32)
+            in_group = _same_group(group, my_group, begin, POOL, BLOCK, OTHERS)
+        if CAPS > 1:
+            in_other = _same_group(group + group_stride, my_other, begin, POOL, BLOCK, OTHERS)
         for start in tl.range(begin, end, OTHERS):
             other = start + tl.arange(0, OTHERS)
             is_more = (tl.load(pool + other, other < end, _NO_CANDIDATE)[None, :] > mine[:, None]).to(tl.float32)
@@ -475,8 +505,8 @@ def _within_kernel(
     POOL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     if CHAINED:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     request = tl.program_id(1).to(tl.int64)
     fill = tl.load(bound_B3 + request * 3 + 1)
     first = tl.program_id(0) * BLOCK
@@ -505,12 +535,12 @@ def _place_kernel(
     bound_B3, ordered_BP, take_BP, before_BP, row_BQ, utility_BQ, length_B, is_exact_B, stride,
     CAPS: tl.constexpr, WALKED: tl.constexpr, POOL: tl.constexpr, ROOM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     request = tl.program_id(0).to(tl.int64)
     fill = tl.load(bound_B3 + request * 3 + 1)
     has_all = tl.load(bound_B3 + request * 3 + 2) != 0
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     number = tl.arange(0, POOL)
     is_there = number < fill
     candidate = tl.load(ordered_BP + request * POOL + number)

@@ -61,6 +61,8 @@ class Block:
         self.here = {name: part.numpy() for name, part in views.items()}
         self._part = {name: (part.data_ptr(), part.dtype, part.nbytes) for name, part in views.items()}
         self.there = self._views(self.there_bytes, parts)
+        self.mapped = views
+        """The page-locked parts as tensors, which kernels may write to."""
 
     def _views(
         self, memory: torch.Tensor, parts: dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -81,9 +83,9 @@ class Block:
         ctypes.memmove(address, value.data_ptr(), size)
 
     def send(self) -> None:
-        """Copy all to the device."""
+        """Copy all to the device, by a kernel."""
         if self.there_bytes is not self.here_bytes:
-            self.there_bytes.copy_(self.here_bytes, non_blocking=True)
+            slate.bring(self.here_bytes.view(torch.int64), self.there_bytes.view(torch.int64))
 
     def fetch(self) -> None:
         """Copy all from the device."""
@@ -150,16 +152,21 @@ class FusedSearch:
             torch.cuda.current_stream(device).synchronize()  # which fills the memory; runs are on other streams
 
     def launch(self) -> None:
-        """A run, on the current stream: the batch to the device, its slates back."""
-        self.asked.send()
-        self.launch_kernels()
-        self.found.fetch()
+        """A run, on the current stream: the batch to the device, its slates back.
 
-    def launch_kernels(self) -> None:
-        """All between the copies."""
-        slate.ready(self.rules, self.work)
+        The last kernel writes them into page-locked memory, unless some of their places are drawn.
+        """
+        self.asked.send()
+        is_drawn = bool(self.shape.plan.explored)
+        self.launch_kernels(self.found.there if is_drawn else self.found.mapped, is_first=False)
+        if is_drawn:
+            self.found.fetch()
+
+    def launch_kernels(self, found: dict[str, torch.Tensor] | None = None, *, is_first: bool = True) -> None:
+        """All but the copies. found: where slates go, by default the device. is_first: no kernel brings the batch."""
+        slate.ready(self.rules, self.work, is_first=is_first)
         self.launch_scores()
-        self.launch_selection()
+        self.launch_selection(found or self.found.there)
 
     def launch_scores(self) -> None:
         """score_BTN of the batch's users, and the keys they make."""
@@ -184,9 +191,9 @@ class FusedSearch:
         if tasks != self.shape.tasks:
             raise ShapeError(f"the scorer has {tasks} tasks, the requests weigh {self.shape.tasks}")
 
-    def launch_selection(self) -> None:
+    def launch_selection(self, found: dict[str, torch.Tensor]) -> None:
         """Slates from the keys."""
-        plan, found = self.shape.plan, self.found.there
+        plan = self.shape.plan
         columns = {"advertiser": self.table.advertiser_N, "category": self.table.category_N}
         groups = [columns[name] for name in plan.caps]
         slate.bound(self.work)

@@ -17,6 +17,7 @@ in the order in which items came. Rebuild the index and swap it in to drop the r
 import copy
 import math
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -29,18 +30,21 @@ from numpy.typing import NDArray
 from torch import nn
 
 from model.errors import IndexBusy, ShapeError
-from model.kernels.interaction_score import ItemFeatures
+from model.kernels.interaction_score import MAX_SCALARS, ItemFeatures
 from model.retrieval.rounding import LARGEST_CODE, coded, feedback, sensitivity
 from model.retrieval.rows import NONE, Deltas, ItemId, ItemRows, Layout, check_ids, check_version
 from model.retrieval.rules import Plan, Request, Requests
+from model.retrieval.scorer import InteractionScorer
 from model.retrieval.select import Found, select, select_exactly
-from model.retrieval.streams import lent
+from model.retrieval.streams import current, lent
 
 if TYPE_CHECKING:
     from model.retrieval.fused import FusedSearches
     from model.retrieval.movers import RowMover
 
 GROWTH = 1.5
+DENSE = 2**22
+"""Integer item ids below are looked up in an array of up to so many rows, 32 MB."""
 WAIT_S = 5.0
 """Longest an update waits for requests that still read the table it is to be written into."""
 _CODED, _CODED_FROM = ("code", "scalar", "scale"), "feature"
@@ -64,18 +68,21 @@ class ItemTable(nn.Module):
     """Not deleted. For updates; requests read eligibility, which a deletion takes too."""
 
     def __init__(
-        self, layout: Layout, capacity: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
-    ) -> None:
+        self, layout: Layout, capacity: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu",
+        scalar_room: int = 0,
+    ) -> None:  # fmt: skip
         """capacity: rows there is room for.
 
         dtype: of embeddings and scalars, float32, bfloat16 or float64; or of embeddings, int8 or float8_e4m3fn.
-        Raises ShapeError for another one.
+        scalar_room: columns of scalars that a row has at least; those past the layout's hold zeros.
+        Raises ShapeError for another dtype.
         """
         super().__init__()
         if dtype not in (torch.float32, torch.bfloat16, torch.float64, *LARGEST_CODE):
             raise ShapeError(f"rows must be float32, bfloat16, float64, int8 or float8_e4m3fn, got {dtype}")
         self.layout = layout
         self.dtype = dtype
+        self.scalar_room = max(scalar_room, layout.scalars)
         self.capacity = capacity
         """Rows there is room for."""
         self.feedback_EE: torch.Tensor | None = None
@@ -89,10 +96,10 @@ class ItemTable(nn.Module):
 
         if dtype in LARGEST_CODE:
             room("code_NE", layout.embedding_dim, 0, torch.int8)  # float8 as its bits: few operations take it
-            room("scalar_NS", layout.scalars, 0, torch.bfloat16)
+            room("scalar_NS", self.scalar_room, 0, torch.bfloat16)
             room("scale_N", None, 1, torch.float32)
         else:
-            room("feature_NF", layout.features, 0, dtype)
+            room("feature_NF", layout.embedding_dim + self.scalar_room, 0, dtype)
         room("mask_NW", layout.mask_words, 0, torch.int64)
         room("category_N", None, NONE, torch.int64)
         room("advertiser_N", None, NONE, torch.int64)
@@ -113,7 +120,7 @@ class ItemTable(nn.Module):
         self.bytes_a_row = sum(width for _, width in self.place_of.values())
 
     def items(self) -> ItemFeatures:
-        """What kernels read of all rows, in place."""
+        """What kernels read of all rows, in place; scalars as wide as there is room for."""
         if self.dtype in LARGEST_CODE:
             codes = self.get_buffer("code_NE").view(self.dtype)
             return ItemFeatures(codes, self.get_buffer("scalar_NS"), self.get_buffer("scale_N"))
@@ -123,10 +130,10 @@ class ItemTable(nn.Module):
     def features(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """[R, F], what scorers read: as they lie in memory, or of int8 and float8 rows in float32."""
         if self.dtype not in LARGEST_CODE:
-            return self.get_buffer("feature_NF")[rows]
+            return self.get_buffer("feature_NF")[rows, : self.layout.features]
         code_RE = self.get_buffer("code_NE")[rows].view(self.dtype).float()
         scaled_RE = code_RE * self.get_buffer("scale_N")[rows][:, None]
-        return torch.cat([scaled_RE, self.get_buffer("scalar_NS")[rows].float()], dim=1)
+        return torch.cat([scaled_RE, self.get_buffer("scalar_NS")[rows, : self.layout.scalars].float()], dim=1)
 
     def used(self) -> "Columns":
         """What the graph reads, up to the high-water mark."""
@@ -147,8 +154,8 @@ class ItemTable(nn.Module):
 
     def stored(self, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Columns, named without their axes, as the buffers keep them, by the buffers' names; where they are."""
-        if self.dtype in LARGEST_CODE and "feature" in columns:
-            columns = columns | self._coded(columns["feature"].float())
+        if "feature" in columns:
+            columns = columns | self._features(columns["feature"])
         there = {name: columns.get(column) for name, column in self._column_of.items()}
         # Only what needs a cast is asked for one: another thread may come in at every call into PyTorch.
         return {
@@ -156,8 +163,14 @@ class ItemTable(nn.Module):
             for name, value in there.items() if value is not None
         }  # fmt: skip
 
-    def _coded(self, feature_RF: torch.Tensor) -> dict[str, torch.Tensor]:
-        width = self.layout.embedding_dim
+    def _features(self, feature_RF: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The columns that embeddings and scalars are kept in."""
+        width, missing = self.layout.embedding_dim, self.scalar_room - self.layout.scalars
+        if missing:
+            feature_RF = torch.nn.functional.pad(feature_RF, (0, missing))
+        if self.dtype not in LARGEST_CODE:
+            return {"feature": feature_RF}
+        feature_RF = feature_RF.float()
         code_RE, scale_R = coded(feature_RF[:, :width], self.dtype, self.feedback_EE)
         return {"code": code_RE.view(torch.int8), "scalar": feature_RF[:, width:], "scale": scale_R}
 
@@ -178,12 +191,21 @@ class ItemTable(nn.Module):
 
     def grown(self, capacity: int) -> "ItemTable":
         """A table of more room with the same rows."""
-        table = ItemTable(self.layout, capacity, dtype=self.dtype, device=self.device)
+        table = ItemTable(
+            self.layout, capacity, dtype=self.dtype, device=self.device, scalar_room=self.scalar_room
+        )  # fmt: skip
         table.feedback_EE = self.feedback_EE
         for name, buffer in self.named_buffers():
             table.get_buffer(name)[: self.capacity].copy_(buffer)
         table.count = self.count
         return table
+
+
+def scalars_read_at_once(scorer: nn.Module, dtype: torch.dtype) -> int:
+    """Columns of scalars that the fastest kernel wants of a row, 0 where it does not compute this scorer."""
+    if not isinstance(scorer, InteractionScorer) or dtype not in (torch.bfloat16, *LARGEST_CODE):
+        return 0
+    return MAX_SCALARS if scorer.scalars <= MAX_SCALARS else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +382,66 @@ class Ids:
         self._count = count
 
 
+class RowNumbers:
+    """Item ids to rows. One thread adds and takes back, any number look up.
+
+    Ids that are integers in [0, DENSE) are looked up in an array, a batch in a few calls, others one by one.
+    """
+
+    def __init__(self) -> None:
+        self._row_of: dict[Any, int] = {}
+        self._dense = np.full(1024, NONE, np.int64)
+        """By id; all known ids in [0, DENSE) have their place here."""
+
+    def get(self, item_id: ItemId) -> int | None:
+        """The row, None where the item never had one."""
+        return self._row_of.get(item_id)
+
+    def of(self, item_ids: Sequence[ItemId]) -> NDArray[np.int64]:
+        """[R], the items' rows, -1 where one never had any."""
+        number_R = _integers(item_ids)
+        if number_R is None:
+            return np.fromiter(map(self._row_of.get, item_ids, repeat(NONE)), np.int64, len(item_ids))
+        dense = self._dense  # another thread may put a larger one in its place
+        row_R: NDArray[np.int64] = dense.take(number_R, mode="clip")
+        if len(number_R) and number_R.max() >= len(dense):
+            row_R[number_R >= len(dense)] = NONE
+        return row_R
+
+    def add(self, item_ids: list[Any], first: int) -> None:
+        """Rows from the first on for ids that have none."""
+        self._row_of.update(zip(item_ids, range(first, first + len(item_ids)), strict=True))
+        row_of = {item: row for row, item in enumerate(item_ids, first) if _is_dense(item)}
+        number_R = np.fromiter(row_of, np.int64, len(row_of))
+        most = int(number_R.max(initial=-1))
+        if most >= len(self._dense):
+            grown = np.full(1 << most.bit_length(), NONE, np.int64)
+            grown[: len(self._dense)] = self._dense
+            self._dense = grown
+        self._dense[number_R] = list(row_of.values())
+
+    def remove(self, item_ids: list[Any]) -> None:
+        """Forget ids that were just added."""
+        for item in item_ids:
+            del self._row_of[item]
+        self._dense[np.fromiter(filter(_is_dense, item_ids), np.int64)] = NONE
+
+
+def _is_dense(item_id: ItemId) -> bool:
+    return isinstance(item_id, int | np.integer) and 0 <= item_id < DENSE
+
+
+def _integers(item_ids: Sequence[ItemId]) -> NDArray[np.int64] | None:
+    """The ids as an array; None unless all are integers in [0, DENSE)."""
+    try:
+        # An array takes no string or fraction for an integer.
+        number_R = np.frombuffer(array("q", item_ids), np.int64)  # type: ignore[type-var]
+    except (TypeError, OverflowError):
+        return None
+    is_dense = not len(number_R) or (number_R.min() >= 0 and number_R.max() < DENSE)
+    return number_R if is_dense else None
+
+
 class LiveIndex:
     """A catalogue of one embedding_version that is searched and updated at once.
 
@@ -386,7 +468,10 @@ class LiveIndex:
         self.layout = rows.layout
         self.retrieval = Retrieval(rows.layout, copy.deepcopy(scorer)).to(device).eval()
         room = max(len(rows), capacity or 0, 1)
-        tables = [ItemTable(rows.layout, room, dtype=dtype, device=device) for _ in range(2)]
+        scalar_room = scalars_read_at_once(scorer, dtype)
+        tables = [
+            ItemTable(rows.layout, room, dtype=dtype, device=device, scalar_room=scalar_room) for _ in range(2)
+        ]  # fmt: skip
         if users is not None and dtype in LARGEST_CODE:
             if users.ndim != 2 or users.shape[1] != rows.layout.embedding_dim or not len(users):
                 raise ShapeError(f"users must have shape [U, {rows.layout.embedding_dim}], got {list(users.shape)}")
@@ -400,7 +485,7 @@ class LiveIndex:
         if is_cuda:
             torch.cuda.current_stream(tables[0].device).synchronize()  # which fills them; updates are on other streams
         self._searches = fused_searches(self.retrieval) if (is_cuda if fused is None else fused) else None
-        self._row_of: dict[Any, int] = {}
+        self._rows = RowNumbers()
         self._ids = Ids()
         self._is_there_N = np.zeros(room, np.bool_)
         """is_there_N after the last update, so that none waits for the device to tell; and room to grow."""
@@ -497,7 +582,7 @@ class LiveIndex:
 
     def row_of(self, item_id: ItemId) -> int | None:
         """The row of an item, deleted or not, None where it never had one."""
-        return self._row_of.get(item_id)
+        return self._rows.get(item_id)
 
     def rows_of(self, item_ids: Sequence[ItemId], count: int) -> list[int]:
         """Rows below count of those items that have one."""
@@ -506,7 +591,7 @@ class LiveIndex:
 
     def row_array_of(self, item_ids: Sequence[ItemId], count: int) -> NDArray[np.int64]:
         """The same as an array."""
-        row_X = self._rows(item_ids)
+        row_X = self._rows.of(item_ids)
         return row_X[(row_X >= 0) & (row_X < count)]
 
     # Updates
@@ -523,18 +608,17 @@ class LiveIndex:
             "is_there": torch.from_numpy(np.ones(len(rows), np.bool_)),
         }  # fmt: skip
         with self._writing:
-            row_R = self._rows(rows.item_ids)
+            row_R = self._rows.of(rows.item_ids)
             known, new_R = len(self._ids), (row_R == NONE).nonzero()[0]
             new = [rows.item_ids[at] for at in new_R.tolist()]
             row_R[new_R] = np.arange(known, known + len(new))
             # A request finds a new item's row only in tables that have it: `rows_of` is asked with the table's count.
             self._ids.extend(new)
-            self._row_of.update(zip(new, range(known, known + len(new)), strict=True))
+            self._rows.add(new, known)
             try:
                 self._write(row_R, columns, len(self._ids))
             except BaseException:
-                for item in new:
-                    del self._row_of[item]
+                self._rows.remove(new)
                 self._ids.cut(known)
                 raise
             if len(self._ids) > len(self._is_there_N):
@@ -548,7 +632,7 @@ class LiveIndex:
         check_version("a deletion", embedding_version, self.embedding_version)
         check_ids(item_ids)
         with self._writing:
-            row_R = self._rows(item_ids)
+            row_R = self._rows.of(item_ids)
             row_R = row_R[self._are_there(row_R)]
             gone = torch.zeros(len(row_R), dtype=torch.bool)
             self._write(row_R, {"eligible": gone, "is_there": gone}, len(self._ids))
@@ -559,17 +643,13 @@ class LiveIndex:
         """Set bids, budgets or eligibility; items that are not there, or deleted, stay so. Raises IndexMismatch."""
         check_version("a delta", deltas.embedding_version, self.embedding_version)
         with self._writing:
-            row_R, columns = self._rows(deltas.item_ids), deltas.columns()
+            row_R, columns = self._rows.of(deltas.item_ids), deltas.columns()
             are_there_R = self._are_there(row_R)
             if not are_there_R.all():
                 row_R = row_R[are_there_R]
                 columns = {name: value[torch.from_numpy(are_there_R)] for name, value in columns.items()}
             self._write(row_R, columns, len(self._ids))
             return Applied(len(row_R), len(are_there_R) - len(row_R), self.revision)
-
-    def _rows(self, item_ids: Sequence[ItemId]) -> NDArray[np.int64]:
-        """[R], the items' rows, -1 where one never had any."""
-        return np.fromiter(map(self._row_of.get, item_ids, repeat(NONE)), np.int64, len(item_ids))
 
     def _are_there(self, row_R: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of the rows hold an item, and not a deleted one."""
@@ -590,7 +670,7 @@ class LiveIndex:
         written = Behind(row_R, frozenset(columns))
         idle.behind = [*behind, written]  # until the swap: should the write fail, the next one copies these rows back
         outgrown = idle.table if count > idle.table.capacity else None
-        with lent(self.device) as stream, torch.cuda.stream(stream):
+        with lent(self.device) as stream, current(stream):
             if outgrown is not None:
                 idle.table = reading.table.grown(max(count, int(reading.table.capacity * GROWTH)))
                 behind = []

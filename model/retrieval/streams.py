@@ -112,6 +112,11 @@ class Current:
             torch._C._cuda_setDevice(self._device)
 
 
+def current(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+    """`Current`; nothing where there is no stream, on the CPU."""
+    return nullcontext() if stream is None else Current(stream)
+
+
 _POOLS: dict[int, StreamPool] = {}
 _MAKING = threading.Lock()
 

@@ -59,7 +59,8 @@ def test_every_kind_is_compared_and_kept(
         return Trained(rows, InteractionScorer(16, 2, hidden=(8, 8)), user_BE[:8], user_BE[8:], "told")
 
     monkeypatch.setattr(eight_bits, "trained", made)
-    assert main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    arguments = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--kept", str(tmp_path / "trained.pt")]
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count("int8, to the nearest: 0.9") == 4
     assert "1M items, mlp, float8: " in printed
@@ -67,3 +68,8 @@ def test_every_kind_is_compared_and_kept(
     assert '"46k, dot, float32"' in kept
     assert '"1M, mlp, float32"' in kept
     assert without_scalars(rows).layout.scalars == 0
+
+    monkeypatch.setattr(eight_bits, "trained", lambda _: pytest.fail("trained again"))
+    assert main([*arguments, "--only", "mlp"]) == 0
+    again = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert again == [line.partition(": ")[2] for line in printed.splitlines() if "mlp" in line]

@@ -59,6 +59,9 @@ def draw_items(count: int, width: int, scalars: int, dtype: torch.dtype, seed: i
         (1, 1, 128, 0, 16, 16, 1, torch.bfloat16),
         (130, 2, 64, 16, 32, 16, 1, INT8),
         (70, 1, 128, 3, 32, 16, 2, FP8),
+        (300, 1, 128, 10, 256, 128, 1, INT8),
+        (300, 1, 128, 10, 256, 128, 1, FP8),
+        (300, 1, 128, 10, 128, 64, 1, FP8),
     ],
 )
 def test_scores_are_those_of_the_formula(

@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from benchmarks.index import torn_reads
 from model.errors import DataError, IndexBusy, IndexMismatch, ShapeError
 from model.retrieval import index as index_module
 from model.retrieval import reference
-from model.retrieval.index import IndexHolder, LiveIndex
+from model.retrieval.index import DENSE, IndexHolder, LiveIndex, RowNumbers
 from model.retrieval.rows import Deltas, ItemRows, Layout, read_rows, write_rows
 from model.retrieval.rules import Plan, Request
 from model.retrieval.scorer import DotScorer, InteractionScorer
@@ -338,6 +339,33 @@ def test_rows_of_8_bits_keep_a_scale_each(dtype: torch.dtype, off: float) -> Non
     assert np.array_equal(found.utility_BK[0], rows.feature_RF[:, 0].numpy()[by_value])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_rows_have_as_many_scalars_as_the_kernel_wants_and_show_their_own(dtype: torch.dtype) -> None:
+    """What is past them is zero, also after updates and growth, and no reader but the kernels sees it."""
+    layout, rng = Layout(embedding_dim=4, scalars=3), np.random.default_rng(0)
+    embedding_RE, scalar_RS = rng.integers(-3, 4, (30, 4)), rng.integers(-3, 4, (30, 3))
+    embedding_RE[:, 0] = 7  # int8 and float8 hold seven and multiples of its share
+    parts = [
+        ItemRows.build(VERSION, layout, items, embedding_RE[items].astype(np.float32), scalar_RS=scalar_RS[items])
+        for items in (list(range(20)), list(range(10, 30)))
+    ]
+    scorer = InteractionScorer(4, 3, hidden=(8, 4))
+    index = LiveIndex(parts[0], scorer, dtype=dtype)
+    index.upsert(parts[1])
+    with index.pin() as pinned:
+        items = pinned.table.items()
+        assert items.scalar_NS.shape == (pinned.table.capacity, 16)
+        assert np.array_equal(items.scalar_NS[:30, :3].float().numpy(), scalar_RS)
+        assert not items.scalar_NS[:, 3:].any()
+        feature_NF = pinned.table.features(slice(30))
+    assert feature_NF.shape == (30, 7)
+    assert np.array_equal(feature_NF[:, 4:].float().numpy(), scalar_RS)
+    found = index.search(np.ones((1, 4), np.float32), [Request()], Plan(k=30), VERSION)
+    with torch.inference_mode():
+        score_N = scorer(torch.ones(1, 4), feature_NF.float())[0, 0].numpy()
+    assert found.row_BK[0].tolist() == np.argsort(-score_N, kind="stable").tolist()
+
+
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(ShapeError, match=r"int8 or float8_e4m3fn, got torch\.int32"):
         LiveIndex(rows_of({10: 1}), DotScorer(), dtype=torch.int32)
@@ -371,3 +399,27 @@ def test_parquet_of_ids_and_embeddings_alone_is_enough(tmp_path: Path) -> None:
     pq.write_table(ragged.replace_schema_metadata({"embedding_version": VERSION}), tmp_path / "ragged.parquet")
     with pytest.raises(DataError, match="must all have one length"):
         read_rows(tmp_path / "ragged.parquet")
+
+
+@pytest.mark.parametrize("others", [[], ["12", "x"], [-3, DENSE, 2**70], [12.5]])
+def test_ids_of_all_kinds_have_their_rows(others: list[Any]) -> None:
+    """Integers alone are looked up in an array, which grows; a string is not the number it spells."""
+    ids = [5, 12, 1024, 5000, np.int64(7), DENSE - 1, *others]
+    rows = RowNumbers()
+    rows.add(ids[:3], 0)
+    rows.add(ids[3:], 3)
+    assert rows.of(ids).tolist() == list(range(len(ids)))
+    assert rows.of([5000, 6, 7, 12, 1025]).tolist() == [3, -1, 4, 1, -1]
+    for unknown in ("5", 5.5, -1, DENSE + 1, 2**70 + 1, None):
+        assert rows.of([12, unknown]).tolist() == [1, -1]
+    assert rows.of([]).tolist() == []
+    rows.remove(ids[3:])
+    assert rows.of(ids).tolist() == [0, 1, 2, *[-1] * (len(ids) - 3)]
+    assert [rows.get(12), rows.get(5000)] == [1, None]
+
+
+def test_numbers_past_the_largest_known_have_no_row() -> None:
+    """The array is shorter than the ids that are asked for."""
+    rows = RowNumbers()
+    rows.add([1023], 0)
+    assert rows.of([DENSE - 1, 1023, 1024]).tolist() == [-1, 0, -1]
