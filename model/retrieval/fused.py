@@ -1,8 +1,8 @@
 """Retrieval of a batch on the GPU as one CUDA graph of few kernels; the answers are those of `Retrieval.search`.
 
     FusedSearch     one table, kind of plan and batch size: its graph reads the table where it lies, on a stream lent
-                    for the run (`streams`). A batch is written into page-locked memory as one block; the graph begins
-                    with its copy and ends with the slates'. What the kernels leave undone is told by `is_exact_B`
+                    for the run (`streams`). A batch is written into page-locked memory as one block, which the
+                    first kernel brings; the last writes slates there. What is left undone is told by `is_exact_B`
     FusedSearches   those of an index, made as they are needed, each for one thread at a time; where an answer was not
                     exact, the utilities are still there and `select_exactly` walks them
 
