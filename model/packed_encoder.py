@@ -7,7 +7,7 @@ Legend: U users, T packed events, B events of a batch, D channels, h heads, d ch
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from model.crossing import rotary_angles
 from model.encoder import Block, Encoder
 from model.errors import ConfigError, ShapeError
 from model.features import EventFeatures
-from model.kernels.causal_attention import KERNEL_HEAD_DIMS, causal_attention, plan_causal
+from model.kernels.causal_attention import KERNEL_HEAD_DIMS, causal_attention, last_attention, plan_causal
 from model.kernels.packed_block import between, stack
 
+LAST_ROWS = 1024
+"""Of the last block's products, whatever the batch: a library chooses how it sums by a product's shape."""
 _TILES_OF_EVENTS = 132 * 128
 """One tile of the kernels for each multiprocessor of a Hopper."""
 
@@ -69,7 +71,8 @@ class PackedEncoder:
         angle_Ld = rotary_angles(torch.arange(self.limit), config.d_model // config.num_heads)
         self._cos_Ld, self._sin_Ld = (x.to(self.device) for x in (angle_Ld.cos(), angle_Ld.sin()))
         self._encoder = encoder
-        self._begin, self._end = self._embedded, self._normed
+        self._begin: Callable[[torch.Tensor], torch.Tensor] = self._embedded
+        self._end: Callable[[torch.Tensor], torch.Tensor] = self._normed
         if self.device.type == "cuda":
             self._begin, self._end = (torch.compile(step, dynamic=False) for step in (self._begin, self._end))
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph | None, torch.Tensor, torch.Tensor]] = {}
@@ -142,32 +145,43 @@ class PackedEncoder:
         the users, [size + 1].
         """
         input_CE, offsets = input_X[: -size - 1].view(-1, self.batch_tokens), input_X[-size - 1 :]
-        return self._end(self.run(self._begin(input_CE), input_CE[-1], offsets), offsets)
+        return self._end(self.run(self._begin(input_CE), input_CE[-1], offsets))[:size]
 
     def _embedded(self, input_CE: torch.Tensor) -> torch.Tensor:
         item, kind, gap, *columns, _ = input_CE.long().unbind()
         column_BC = torch.stack(columns, 1) if columns else item.new_empty(len(item), 0)
         return self._encoder.embed(item, kind, gap, column_BC).to(torch.bfloat16)
 
-    def _normed(self, hidden_BD: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        last_UD = hidden_BD[(offsets[1:].long() - 1).clamp_min(0)]
+    def _normed(self, last_UD: torch.Tensor) -> torch.Tensor:
         return self._norm(last_UD.float() + self._lacking_D)  # type: ignore[no-any-return]
 
     def run(self, event_TD: torch.Tensor, position_T: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Embedded events through the blocks: bf16 [T, D], without the biases that the stream lacks.
+        """Embedded events through the blocks, the last block for each user's last event alone: bf16 [R, D], without the
+        biases that the stream lacks; R is U in whole LAST_ROWS, what is there for no user, anything.
 
-        event_TD is not to be read afterwards.  position_T: i32.  offsets: i32 [U + 1], on the device; of events behind
-        the last user's anything comes back.
+        event_TD is not to be read afterwards.  position_T: i32.  offsets: i32 [U + 1], on the device.
         """
         angles, count = (position_T, self._cos_Ld, self._sin_Ld), offsets[-1:]
         plan = plan_causal(offsets, len(event_TD), self.limit, 2 * self._cos_Ld.shape[1])
         event_TD, projected = between(event_TD, None, None, self._heads[0], *angles, count=count)
-        for tail, head in zip(self._tails, [*self._heads[1:], None], strict=True):
+        for tail, head in zip(self._tails[:-1], self._heads[1:], strict=True):
             assert projected is not None
             query_Thd, key_Thd, value_Thd = projected.unbind(1)
             attended_Thd = causal_attention(query_Thd, key_Thd, value_Thd, offsets, self.limit, plan)
             event_TD, projected = between(event_TD, attended_Thd.flatten(1), tail, head, *angles, count=count)
-        return event_TD
+        assert projected is not None
+        query_Thd, key_Thd, value_Thd = projected.unbind(1)
+        offsets = _in_whole_rows(offsets)
+        last_R = (offsets[1:].long() - 1).clamp_min(0)
+        attended_Rhd = last_attention(query_Thd[last_R], key_Thd, value_Thd, offsets)
+        parts = zip(*(torch.split(x, LAST_ROWS) for x in (event_TD[last_R], attended_Rhd.flatten(1))), strict=True)
+        return torch.cat([between(last, attended, self._tails[-1], None, *angles)[0] for last, attended in parts])
+
+
+def _in_whole_rows(offsets: torch.Tensor) -> torch.Tensor:
+    """Offsets with users added who have no events, so that users are a multiple of LAST_ROWS."""
+    missing = -(len(offsets) - 1) % LAST_ROWS
+    return torch.cat([offsets, offsets[-1:].expand(missing)])
 
 
 def lay_out(

@@ -55,6 +55,23 @@ def causal_attention(
     return varlen_attn(query_Thd, key_Thd, value_Thd, *lengths, window_size=(-1, 0))  # type: ignore[return-value]
 
 
+def last_attention(
+    query_Uhd: torch.Tensor, key_Thd: torch.Tensor, value_Thd: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """Softmax attention of one query a user, its last event's, to all of the user's events. Returns [U, h, d].
+
+    Arguments as causal_attention's, but for the queries; zeros for users without events. What is asked of one user has
+    the same bits among any others. On CUDA by a kernel, through which no gradient flows, of the widths and dtypes that
+    is_kernel_taken names.
+    """
+    if not query_Uhd.is_cuda:
+        return last_attention_reference(query_Uhd, key_Thd, value_Thd, offsets)
+    from model.kernels.causal_attention_triton import last_attention_kernel
+
+    out: torch.Tensor = last_attention_kernel(query_Uhd, key_Thd, value_Thd, offsets)
+    return out
+
+
 def plan_causal(offsets: torch.Tensor, events: int, longest: int, head_dim: int) -> torch.Tensor | None:
     """What causal_attention works out of the offsets before it begins, and else does anew in every layer. Opaque.
 
@@ -80,3 +97,17 @@ def causal_attention_reference(
         read_hLd = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         out_Thd[begin:end] = read_hLd.transpose(0, 1).to(query_Thd.dtype)
     return out_Thd
+
+
+def last_attention_reference(
+    query_Uhd: torch.Tensor, key_Thd: torch.Tensor, value_Thd: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """As last_attention: one user at a time, on any device, in f32 at least."""
+    wide = torch.promote_types(query_Uhd.dtype, torch.float32)
+    out_Uhd = torch.zeros_like(query_Uhd)
+    for user, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        if begin < end:
+            key, value = (x[begin:end].to(wide).transpose(0, 1) for x in (key_Thd, value_Thd))
+            read_h1d = F.scaled_dot_product_attention(query_Uhd[user].to(wide)[:, None], key, value)
+            out_Uhd[user] = read_h1d[:, 0].to(query_Uhd.dtype)
+    return out_Uhd

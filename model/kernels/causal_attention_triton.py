@@ -1,4 +1,4 @@
-"""Causal attention of packed histories on the GPU, forward only: a Triton kernel for inference.
+"""Causal attention of packed histories on the GPU, forward only: Triton kernels for inference.
 
 A tile holds events of one history; blocks of keys before the tile are read without a mask, those across it with one.
 Slots of a tile follow from the offsets as in crossing_attention_triton; the last slots start first, so that where
@@ -72,6 +72,29 @@ def launch(
     return out
 
 
+@torch.library.custom_op("hybrid_tower::last_attention", mutates_args=())
+def last_attention_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """As last_attention. The caller has checked dtypes."""
+    query, key, value = (
+        x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (query, key, value)
+    )
+    users, heads, channels = query.shape
+    out = query.new_empty(users, heads, channels)
+    if users:
+        _last_kernel[(users, heads)](
+            query, key, value, query.stride(0), key.stride(0), value.stride(0), offsets, out, heads,
+            channels**-0.5 * LOG2_E, KEYS=8192 // channels, D=channels, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@last_attention_kernel.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
 @triton.jit
 def _block(
     query_Md, key_at, value_at, key_stride, value_stride, start, length, row_M, largest, total, read, scale_log2,
@@ -135,3 +158,37 @@ def _causal_kernel(
             )  # fmt: skip
         out_at = out + (at_M[:, None] * heads + head) * D + channel_d[None, :]
         tl.store(out_at, (read / total[:, None]).to(out.dtype.element_ty), is_row)
+
+
+@triton.jit
+def _last_kernel(
+    query, key, value, query_stride, key_stride, value_stride, offsets, out, heads, scale_log2,
+    KEYS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One user and head: the query over all events, by online softmax, block by block from the first."""
+    user = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    begin = tl.load(offsets + user).to(tl.int64)
+    length = tl.load(offsets + user + 1) - begin.to(tl.int32)
+    channel_d = tl.arange(0, D)
+    query_d = tl.load(query + user * query_stride + head * D + channel_d).to(tl.float32) * scale_log2
+    key_at = key + begin * key_stride + head * D
+    value_at = value + begin * value_stride + head * D
+    largest = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    read_d = tl.zeros([D], tl.float32)
+    for start in tl.range(0, length, KEYS):
+        event_N = start + tl.arange(0, KEYS)
+        is_event_N = event_N < length
+        at_N = event_N[:, None].to(tl.int64)
+        key_Nd = tl.load(key_at + at_N * key_stride + channel_d[None, :], is_event_N[:, None], 0.0)
+        value_Nd = tl.load(value_at + at_N * value_stride + channel_d[None, :], is_event_N[:, None], 0.0)
+        score_N = tl.where(is_event_N, tl.sum(key_Nd.to(tl.float32) * query_d[None, :], 1), float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(score_N, 0))
+        share_N = tl.math.exp2(score_N - new_largest)
+        shrink = tl.math.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(share_N, 0)
+        read_d = read_d * shrink + tl.sum(share_N[:, None] * value_Nd.to(tl.float32), 0)
+        largest = new_largest
+    read_d = read_d / tl.where(length > 0, total, 1.0)
+    tl.store(out + (user * heads + head) * D + channel_d, read_d.to(out.dtype.element_ty))
