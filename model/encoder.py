@@ -65,12 +65,15 @@ class Packing:
         )
 
 
-def rotate(vector_Thd: torch.Tensor, packing: Packing) -> torch.Tensor:
+def rotate(vector_Thd: torch.Tensor, packing: Packing, of: torch.Tensor | None = None) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021, equation 34): attention then sees relative positions only, so a
-    history cut at its start keeps the meaning of what is left."""
+    history cut at its start keeps the meaning of what is left.
+
+    of: the events that the vectors are of, by default all.
+    """
     at_least_single = torch.promote_types(vector_Thd.dtype, torch.float32)
     first, second = vector_Thd.to(at_least_single).chunk(2, -1)
-    cos, sin = packing.cos_Td, packing.sin_Td
+    cos, sin = (x if of is None else x[of] for x in (packing.cos_Td, packing.sin_Td))
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(vector_Thd.dtype)
 
 
@@ -87,6 +90,23 @@ def packed_causal_attention(
     query, key, value = (_pad(x, packing) for x in (query_Thd, key_Thd, value_Thd))
     out_UhLd = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return out_UhLd[packing.user_T, :, packing.position_T]
+
+
+def packed_last_attention(
+    query_Uhd: torch.Tensor, key_Thd: torch.Tensor, value_Thd: torch.Tensor, packing: Packing,
+    bias_UhL: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """packed_causal_attention of each user's last event alone. Returns [U, h, d].
+
+    bias_UhL: added to the scaled dot products, minus infinity behind a history's end.
+    """
+    key, value = (_pad(x, packing) for x in (key_Thd, value_Thd))
+    if bias_UhL is None:
+        length_U = packing.offsets.diff()
+        mask = (torch.arange(packing.longest, device=key.device) < length_U[:, None])[:, None, None]
+    else:
+        mask = bias_UhL[:, :, None].to(query_Uhd.dtype)
+    return F.scaled_dot_product_attention(query_Uhd[:, :, None], key, value, attn_mask=mask)[:, :, 0]
 
 
 def _pad(x_Thd: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -212,10 +232,28 @@ class Block(nn.Module):
             attended_Thd = packed_causal_attention(query, key, value, packing)
         else:
             attended_Thd = padded_causal_attention(query, key, value, packing, self.bias(packing))
-        attended_TD = attended_Thd.flatten(1)
+        return self._finish(event_TD, attended_Thd.flatten(1)), (key, value)
+
+    def last(self, event_TD: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """`forward` of each user's last event alone, [U, D]: keys and values are all that other events are read for."""
+        width, last_U = event_TD.shape[1], packing.offsets[1:].long() - 1
+        normed_TD = self.attention_norm(event_TD)
+        weight_ND, bias_N = self.qkv.weight, self.qkv.bias
+        key_value = F.linear(normed_TD, weight_ND[width:], bias_N[width:])
+        key, value = key_value.view(len(event_TD), 2, self.num_heads, -1).unbind(1)
+        query = F.linear(normed_TD[last_U], weight_ND[:width], bias_N[:width]).view(len(last_U), self.num_heads, -1)
+        query, key = rotate(query, packing, last_U), rotate(key, packing)
+        bias_UhL = None
+        if self.bias is not None:
+            bias_UhL = self.bias(packing)[torch.arange(len(last_U)), :, packing.position_T[last_U]]
+        attended_Uhd = packed_last_attention(query, key, value, packing, bias_UhL)
+        return self._finish(event_TD[last_U], attended_Uhd.flatten(1))
+
+    def _finish(self, event_TD: torch.Tensor, attended_TD: torch.Tensor) -> torch.Tensor:
+        """The events after the block: output projection and feed-forward."""
         event_TD = event_TD + self.dropout(self.out(attended_TD))
         event_TD = event_TD + self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(event_TD)))))
-        return event_TD, (key, value)
+        return event_TD
 
 
 class LatentTokens(nn.Module):
@@ -290,21 +328,35 @@ class Encoder(nn.Module):
         self, events: EventFeatures
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Hidden states [T, D], and each layer's keys and values, [T, h, d]."""
-        packing = Packing.of(events.offsets, self.config.d_model // self.config.num_heads, events.time_us_T)
-        event_TD = self.dropout(self.embed(events.item_T, events.type_T, events.gap_T, events.column_TC))
+        packing, event_TD = self._begin(events)
         keys_and_values = []
         for block in self.blocks:
             event_TD, kv = block(event_TD, packing)
             keys_and_values.append(kv)
         return self.norm(event_TD), keys_and_values
 
+    def _begin(self, events: EventFeatures) -> tuple[Packing, torch.Tensor]:
+        """Where the events stand, and the events before the first block."""
+        packing = Packing.of(events.offsets, self.config.d_model // self.config.num_heads, events.time_us_T)
+        return packing, self.dropout(self.embed(events.item_T, events.type_T, events.gap_T, events.column_TC))
+
     def states(self, events: EventFeatures) -> torch.Tensor:
         """User states after each user's last event, f32 [U, W].
+
+        With one token, the last softmax block is computed for the last events alone: nothing reads what it makes of
+        others.
 
         Raises ShapeError for a user without events: such a user has no state, the head's cold start serves them.
         """
         if not len(events.offsets) > 1 or bool((events.offsets.diff() == 0).any()):
             raise ShapeError("states needs at least one user, and at least one event of every user")
-        last_U = (events.offsets[1:] - 1).to(events.item_T.device)
-        state_UW: torch.Tensor = self(events)[last_U].float()
-        return state_UW
+        final = self.blocks[-1]
+        if self.latents is not None or not isinstance(final, Block):
+            last_U = (events.offsets[1:] - 1).to(events.item_T.device)
+            state_UW: torch.Tensor = self(events)[last_U].float()
+            return state_UW
+        packing, event_TD = self._begin(events)
+        for block in self.blocks[:-1]:
+            event_TD, _ = block(event_TD, packing)
+        state_UD: torch.Tensor = self.norm(final.last(event_TD, packing)).float()
+        return state_UD

@@ -139,6 +139,14 @@ def test_a_history_has_one_state_whatever_its_company(encoder: Encoder) -> None:
         assert (together[user] - alone[0]).abs().max() < 1e-5
 
 
+def test_a_state_is_what_the_whole_pass_makes_of_the_last_event(encoder: Encoder) -> None:
+    """States leave out what the last block makes of the events before the last one."""
+    encoder, features = encoder.double(), make_features([5, 1, 12, 7])
+    whole = encoder(features)[features.offsets[1:] - 1]
+    assert (encoder.states(features) - whole).abs().max() < 1e-6  # states are float32
+    assert whole.abs().max() > 0.1
+
+
 def test_the_encoder_is_causal(encoder: Encoder) -> None:
     features = make_features([10])
     before = encoder(features).unflatten(-1, (encoder.config.state_tokens, -1))
