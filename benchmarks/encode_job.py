@@ -40,7 +40,7 @@ from model.release import GOLDEN_TOLERANCE, Manifest, Registry, library_versions
 from pipelines.encode_users import main as encode_main
 from pipelines.io import Folder, parquet_bytes
 from pipelines.options import DEFAULT_BATCH_TOKENS
-from pipelines.runs import RunStore
+from pipelines.runs import CANARIES, RunStore
 from pipelines.transforms.batches import plan_batches
 
 THEME = "main_job"
@@ -149,11 +149,12 @@ def run_loop(root: Path, out: Path, device: str, release_id: str) -> None:
 
 
 def read_states(root: Path, states: Path, kind: str = "states") -> pa.Table:
-    """All shards of the only run, by user."""
+    """All users' rows of the only run, by user; not the canaries', which the loop has none of."""
     version = Registry(root / "registry").manifest(Registry(root / "registry").releases()[-1]).state_version
     store = RunStore(str(states), version)
     folder = states / version / "runs" / store.run_ids()[-1] / kind
-    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.iterdir())]).sort_by("user_id")
+    paths = [path for path in sorted(folder.iterdir()) if not CANARIES.endswith(path.name)]
+    return pa.concat_tables([pq.read_table(path) for path in paths]).sort_by("user_id")
 
 
 def matrix(states: pa.Table) -> NDArray[np.float32]:

@@ -14,6 +14,8 @@ MOST_HIDDEN = 65504.0
 """The largest of float16: the first layer's values are kept up to here."""
 LEAST_EMBEDDING, LEAST_HIDDEN = 64, 16
 """Least widths; all are powers of two. Four 16-byte loads, and what a matrix unit takes."""
+MOST_FIRST, MOST_SECOND_WEIGHTS = 512, 2**16
+"""Most units of the first layer, and weights of the second: what a processor's shared memory has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,11 @@ def why_not(embedding_dim: int, scalars: int, hidden: tuple[int, int], dtype: to
         return (
             f"embeddings of {LEAST_EMBEDDING} and hidden layers of {LEAST_HIDDEN} on must be powers of two, got "
             f"{embedding_dim} and {hidden}"
+        )
+    if hidden[0] > MOST_FIRST or hidden[0] * hidden[1] > MOST_SECOND_WEIGHTS:
+        return (
+            f"hidden layers must have at most {MOST_FIRST} units in the first and {MOST_SECOND_WEIGHTS:,} weights "
+            f"between the two, got {hidden}"
         )
     if scalars > MAX_SCALARS:
         return f"scalars must be at most {MAX_SCALARS}, got {scalars}"

@@ -110,8 +110,9 @@ def score(
     """Write the scores of the first `count` items. rows: of a tile."""
     capacity, width = items.embedding_NE.shape
     is_hopper = items.embedding_NE.is_cuda and torch.cuda.get_device_capability(items.embedding_NE.device)[0] == 9
-    # With more, Triton 3.6 converts a step's codes into registers that the step before's products still read.
-    stages = 1 if is_hopper and items.scale_N is not None else 2
+    # With more, Triton 3.6 converts a step's codes into registers that the step before's products still read. Rows of
+    # bfloat16 go from shared memory to the products: nothing is written over.
+    stages = 1 if is_hopper and items.embedding_NE.dtype != torch.bfloat16 else 2
     hidden, second = weights.second_HG.shape
     _score_kernel[(triton.cdiv(capacity, rows), len(folded.bias_BH))](
         items.embedding_NE, items.embedding_NE.stride(0), items.scalar_NS, items.scalar_NS.stride(0),

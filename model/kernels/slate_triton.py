@@ -51,6 +51,8 @@ _CHUNK: tl.constexpr = tl.constexpr(1024)
 CLEARED = 8192
 _CLEARED: tl.constexpr = tl.constexpr(CLEARED)
 """Bins that a program clears."""
+OTHERS = 256
+"""Candidates that each one is compared with at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,27 +195,31 @@ def gather(groups: list[torch.Tensor], rules: Rules, work: Work, block: int = 51
     )  # fmt: skip
 
 
-def order(caps: int, rules: Rules, work: Work, block: int = 8, others: int = 256, warps: int = 2) -> None:
-    """Candidates in the order of the walk, with their groups, and which of them the walk takes; certain for one cap.
-
-    block: candidates of a program; others: candidates it compares them with at a time.
-    """
+def order(caps: int, rules: Rules, work: Work) -> None:
+    """Candidates in the order of the walk, with their groups, and which of them the walk takes; certain for one cap."""
     requests, pool = work.pool_BP.shape
+    block = _candidates(8)
     _order_kernel[(triton.cdiv(pool, block), requests)](
         work.pool_BP, work.pool_group_CBP, work.count_BC, work.end_BC, work.bound_B3, rules.head, work.ordered_BP,
-        work.group_CBP, work.take_RBP[0], work.group_CBP.stride(0), CAPS=caps, POOL=pool, BLOCK=block, OTHERS=others,
-        num_warps=warps, **work.chain(),
+        work.group_CBP, work.take_RBP[0], work.group_CBP.stride(0), CAPS=caps, POOL=pool, BLOCK=block, OTHERS=OTHERS,
+        num_warps=2, **work.chain(),
     )  # fmt: skip
 
 
-def within(rounds: int, rules: Rules, work: Work, block: int = 16, others: int = 256) -> None:
+def within(rounds: int, rules: Rules, work: Work) -> None:
     """Which candidates the walk takes under two caps: rounds after the first (`select.within_caps`)."""
     requests, pool = work.pool_BP.shape
+    block = _candidates(16)
     for number in range(1, rounds + 1):
         _within_kernel[(triton.cdiv(pool, block), requests)](
             work.bound_B3, rules.head, work.group_CBP, work.group_CBP.stride(0), work.take_RBP[(number + 1) % 2],
-            work.take_RBP[number % 2], POOL=pool, BLOCK=block, OTHERS=others, num_warps=4, **work.chain(),
+            work.take_RBP[number % 2], POOL=pool, BLOCK=block, OTHERS=OTHERS, num_warps=4, **work.chain(),
         )  # fmt: skip
+
+
+def _candidates(of_a_program: int) -> int:
+    """As many on a GPU; Triton's interpreter, which runs programs one after the other, gets fewer and larger ones."""
+    return 256 if triton.knobs.runtime.interpret else of_a_program
 
 
 def place(caps: int, walked: int, rounds: int, work: Work, placed: Placed) -> None:

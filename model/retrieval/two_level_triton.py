@@ -10,7 +10,7 @@ kernels read whole tiles.
 Legend: as in two_level; R rows of a tile, Q requests of a batch rounded up to a power of two.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +41,7 @@ class Tiles:
 
 TILES = Tiles()
 SCAN_TILES = {16: Tiles(256, 8, 3, 2), 32: TILES, MOST_REQUESTS: Tiles(64, 4, 6, 4)}
-"""Of `scan`, by requests of a pass rounded up; the fastest of those tried on an H100."""
+"""Of `scan`, by requests of a pass rounded up; the fastest of those tried on an H100, at up to 256 channels."""
 
 
 def sample_best(code_ME: torch.Tensor, scale_M: torch.Tensor, user_BE: torch.Tensor, group: int) -> torch.Tensor:
@@ -66,12 +66,12 @@ def scan(
     """row_BC, i32: rows of coarse score at least threshold_B, -1 past them; count_B, i32: how many there are.
 
     code_NE: i8, N a multiple of the tile. row_N: i32, the row at each place; None: the place itself. A request of more
-    than C = capacity rows has C of them in its list. tiles: by default those of SCAN_TILES.
+    than C = capacity rows has C of them in its list. tiles: by default those of SCAN_TILES; `fitting`.
     """
     row_BC, count_B = _lists(threshold_B, capacity)
     for start, part_BE in _batches(user_BE):
         requests = _padded(len(part_BE))
-        shape = SCAN_TILES[requests] if tiles is None else tiles
+        shape = fitting(tiles or SCAN_TILES[requests], requests, code_NE.shape[1], _shared_bytes(code_NE.device))
         whole = len(code_NE) // shape.rows
         _scan_kernel[(min(whole, _programs(code_NE, shape)),)](
             code_NE, scale_N, scale_N if row_N is None else row_N, part_BE, threshold_B[start:], row_BC[start:],
@@ -82,12 +82,33 @@ def scan(
     return row_BC, count_B
 
 
+def fitting(tiles: Tiles, requests: int, width: int, shared_bytes: int) -> Tiles:
+    """The tiles, with fewer rows where a processor's shared memory is too small for so many requests of a pass."""
+    while tiles.rows > 16 and _wanted_bytes(tiles, requests, width) > shared_bytes:
+        tiles = replace(tiles, rows=tiles.rows // 2)
+    return tiles
+
+
+def _wanted_bytes(tiles: Tiles, requests: int, width: int) -> int:
+    """Shared memory that the compiler asks for, or a little more: codes under way, users, scores."""
+    return tiles.num_stages * tiles.rows * width + requests * width + 4 * tiles.rows * requests + 2048
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Of a multiprocessor, for one program; without a GPU there is no bound."""
+    if device.type != "cuda":
+        return 2**63
+    found: int = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    return found
+
+
 def probe(
     code_NE: torch.Tensor, scale_N: torch.Tensor, row_N: torch.Tensor, user_BE: torch.Tensor,
     threshold_B: torch.Tensor, start_BP: torch.Tensor, size_BP: torch.Tensor, capacity: int, tiles: Tiles = TILES,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As `scan`, of each request's own P clusters: places start_BP up to start_BP + size_BP, i64."""
     row_BC, count_B = _lists(threshold_B, capacity)
+    tiles = fitting(tiles, LEAST_REQUESTS, code_NE.shape[1], _shared_bytes(code_NE.device))
     probes = start_BP.shape[1]
     tile_end_BP = ((size_BP + tiles.rows - 1) // tiles.rows).cumsum(1)
     programs = max(1, _programs(code_NE, tiles) // len(user_BE))

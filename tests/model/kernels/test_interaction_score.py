@@ -173,5 +173,12 @@ def test_what_the_kernels_cannot_compute_is_refused() -> None:
         interaction_scores_kernel(user_BE, draw_items(10, 64, 4, torch.bfloat16), draw_weights(128, 4, 32, 16))
     with pytest.raises(ShapeError, match=r"must be powers of two, got 64 and \(24, 16\)"):
         interaction_scores_kernel(user_BE, draw_items(10, 64, 4, torch.bfloat16), draw_weights(64, 4, 24, 16))
+    for hidden, second in ((1024, 16), (512, 256)):
+        with pytest.raises(
+            ShapeError, match=rf"at most 512 units in the first and 65,536 .* got \({hidden}, {second}\)"
+        ):
+            interaction_scores_kernel(
+                user_BE, draw_items(10, 64, 4, torch.bfloat16), draw_weights(64, 4, hidden, second)
+            )
     with pytest.raises(ShapeError, match="scalars must be at most 16, got 17"):
         interaction_scores_kernel(user_BE, draw_items(10, 64, 17, torch.bfloat16), draw_weights(64, 17, 32, 16))

@@ -304,3 +304,17 @@ def test_what_makes_no_sense_is_refused() -> None:
     trained.embedding_version = "w"
     with pytest.raises(IndexMismatch, match="scorer"):
         TwoLevelIndex("v", torch.rand(10, 8), scorer=trained)
+
+
+@pytest.mark.parametrize(
+    ("requests", "width", "shared_bytes", "rows"),
+    [
+        (16, 256, 232_448, 256),  # a Hopper's
+        (16, 512, 232_448, 128),
+        (64, 1024, 232_448, 16),
+        (16, 128, 101_376, 128),  # an RTX 4090's
+        (32, 64, 101_376, 128),
+    ],
+)
+def test_tiles_fit_the_shared_memory(requests: int, width: int, shared_bytes: int, rows: int) -> None:
+    assert kernels.fitting(kernels.SCAN_TILES[requests], requests, width, shared_bytes).rows == rows
