@@ -216,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", type=int, default=100_000, help="events that the scorer learns from")
     parser.add_argument("--validation", type=int, default=1000, help="held-out events that choose its weights")
     parser.add_argument(
-        "--kept", type=Path, help="file with the trained tower's rows and users; made if it is not there"
+        "--kept",
+        type=Path,
+        help="file of what training gives: rows, users and scorer; made if it is not there, else read (a pickle)",
     )
     parser.add_argument("--out", type=Path, help="folder for the figures as JSON, written after each")
     parser.add_argument("--quick", action="store_true", help="2,000 items around, few users; records nothing")
@@ -238,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     told = {"told": made.told, "shares": {", ".join(key): value for key, value in found.items()}}
                     (args.out / "eight_bits.json").write_text(json.dumps(told, indent=1))
             if args.device.startswith("cuda") and not args.quick and not args.no_record:
-                kept = {"command": f"python -m benchmarks.eight_bits --device {args.device}"}
+                source = "" if args.kept is None else " --kept FILE"
+                kept = {"command": f"python -m benchmarks.eight_bits --device {args.device}{source}"}
                 kept_versions = {"versions": versions("torch", "numpy")}
                 record("index", [{**one, **kept, **kept_versions} for one in entries(found, made.told, users)])
     return 0

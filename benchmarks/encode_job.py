@@ -317,12 +317,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--events", type=int, default=780_000, help="events of the log (default: 780000)")
     parser.add_argument("--items", type=int, default=20_000, help="items of the catalogue (default: 20000)")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats (default: 3)")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        help="processor threads of torch; with more, other processes on the machine disturb the ratio (default: 1)",
-    )
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to measure the GPU instead (default: cpu)")
     parser.add_argument("--no-redis", action="store_true", help="accepted for clarity: the benchmark never publishes")
     parser.add_argument("--rss-events", type=int, default=1_000_000, help="events of the memory test; 0: no such test")
@@ -330,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--child", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     logging.getLogger().setLevel(logging.ERROR)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # as the job does
     if args.child:
         run_job(Path(args.child), Path(args.child) / "states", "cpu", max(1, args.users // USERS_PER_SHARD))
         print(json.dumps({"peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))

@@ -247,7 +247,7 @@ class Block(nn.Module):
         query, key = rotate(query, packing, last_U), rotate(key, packing)
         bias_UhL = None
         if self.bias is not None:
-            bias_UhL = self.bias(packing)[torch.arange(len(last_U)), :, packing.position_T[last_U]]
+            bias_UhL = self.bias(packing)[packing.user_T[last_U], :, packing.position_T[last_U]]
         attended_Uhd = packed_last_attention(query, key, value, packing, bias_UhL)
         return self._finish(event_TD[last_U], attended_Uhd.flatten(1))
 

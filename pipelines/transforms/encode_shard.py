@@ -10,6 +10,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 from numpy.typing import NDArray
@@ -173,6 +174,9 @@ class EncodeShard(beam.DoFn):
     def _encode(self, shard: int, chunks: Iterable[bytes], release: Release) -> bytes:
         """Write the shard's files, its report last."""
         plan = self._plan
+        # Sums round by how threads share them, and workers have as many as their engine gives them: one for all, for
+        # the thread that is here. More cores are for more workers.
+        torch.set_num_threads(1)
         by_kind: dict[bytes, list[bytes | memoryview]] = {EVENTS: [], REJECTS: [], SENTINEL: []}
         for chunk in chunks:
             by_kind[chunk[:1]].append(memoryview(chunk)[1:])
