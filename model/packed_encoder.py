@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from model.crossing import rotary_angles
@@ -21,7 +22,7 @@ from model.kernels.causal_attention import KERNEL_HEAD_DIMS, causal_attention, l
 from model.kernels.packed_block import between, stack
 
 LAST_ROWS = 1024
-"""Of the last block's products, whatever the batch: a library chooses how it sums by a product's shape."""
+"""Of the last block's products, however many users: a library chooses how it sums by a product's shape."""
 _TILES_OF_EVENTS = 132 * 128
 """One tile of the kernels for each multiprocessor of a Hopper."""
 
@@ -95,16 +96,24 @@ class PackedEncoder:
         columns = (events.item_T, events.type_T, events.gap_T, *events.column_TC.unbind(1))
         staged = [*(x[row_BE].int() for x in columns), position_BE, offsets_BU]
         staged_BX = torch.cat(staged, 1)
-        graph, input_X, out = self._graph(size, staged_BX.shape[1])
-        state_BUD = torch.empty(len(batches), size, self._width, device=self.device)
+        graph, input_X, out_XUD = self._graph(size, staged_BX.shape[1])
+        last_XBUD = out_XUD.new_empty(2, len(batches), size, self._width)
         for b in range(len(batches)):
             input_X.copy_(staged_BX[b])
             if graph is None:
-                out = self._compute(input_X, size)
+                out_XUD = self._compute(input_X, size)
             else:
                 graph.replay()
-            state_BUD[b] = out
-        return state_BUD.flatten(0, 1)[out_U]
+            last_XBUD[:, b] = out_XUD
+        last_XUD = last_XBUD.flatten(1, 2)[:, out_U]
+        return torch.cat([self._finished(*part_XUD) for part_XUD in last_XUD.split(LAST_ROWS, 1)])
+
+    def _finished(self, last_UD: torch.Tensor, attended_UD: torch.Tensor) -> torch.Tensor:
+        """States, f32 [U, D], of at most LAST_ROWS users: what comes after the last block's attention, and the norm."""
+        missing = LAST_ROWS - len(last_UD)
+        last_RD, attended_RD = (F.pad(x, (0, 0, 0, missing)) for x in (last_UD, attended_UD))
+        angles = self._cos_Ld.new_zeros(LAST_ROWS, dtype=torch.int32), self._cos_Ld, self._sin_Ld
+        return self._end(between(last_RD, attended_RD, self._tails[-1], None, *angles)[0])[: len(last_UD)]
 
     def _places(self, offsets_BU: torch.Tensor, begin_BU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every batch the event at each place, i64, and its position in its history, i32: [batches, B].
@@ -126,7 +135,7 @@ class PackedEncoder:
             return self._graphs[size]
         input_X = torch.zeros(inputs, dtype=torch.int32, device=self.device)
         if self.device.type != "cuda":
-            return None, input_X, torch.empty(0)
+            return None, input_X, torch.empty(0, dtype=torch.bfloat16)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -139,13 +148,13 @@ class PackedEncoder:
         return self._graphs[size]
 
     def _compute(self, input_X: torch.Tensor, size: int) -> torch.Tensor:
-        """States f32 [size, D]; of users that are not there, anything.
+        """Bf16 [2, size, D], as `run`; of users that are not there, anything.
 
         input_X: i32, one after another: item, type, gap and columns of every event, its position, and the offsets of
         the users, [size + 1].
         """
         input_CE, offsets = input_X[: -size - 1].view(-1, self.batch_tokens), input_X[-size - 1 :]
-        return self._end(self.run(self._begin(input_CE), input_CE[-1], offsets))[:size]
+        return self.run(self._begin(input_CE), input_CE[-1], offsets)
 
     def _embedded(self, input_CE: torch.Tensor) -> torch.Tensor:
         item, kind, gap, *columns, _ = input_CE.long().unbind()
@@ -156,8 +165,8 @@ class PackedEncoder:
         return self._norm(last_UD.float() + self._lacking_D)  # type: ignore[no-any-return]
 
     def run(self, event_TD: torch.Tensor, position_T: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Embedded events through the blocks, the last block for each user's last event alone: bf16 [R, D], without the
-        biases that the stream lacks; R is U in whole LAST_ROWS, what is there for no user, anything.
+        """Embedded events through the blocks, up to the last block's attention of each user's last event: that event,
+        without the biases that the stream lacks, and what it attended to, bf16 [2, U, D].
 
         event_TD is not to be read afterwards.  position_T: i32.  offsets: i32 [U + 1], on the device.
         """
@@ -171,17 +180,9 @@ class PackedEncoder:
             event_TD, projected = between(event_TD, attended_Thd.flatten(1), tail, head, *angles, count=count)
         assert projected is not None
         query_Thd, key_Thd, value_Thd = projected.unbind(1)
-        offsets = _in_whole_rows(offsets)
-        last_R = (offsets[1:].long() - 1).clamp_min(0)
-        attended_Rhd = last_attention(query_Thd[last_R], key_Thd, value_Thd, offsets)
-        parts = zip(*(torch.split(x, LAST_ROWS) for x in (event_TD[last_R], attended_Rhd.flatten(1))), strict=True)
-        return torch.cat([between(last, attended, self._tails[-1], None, *angles)[0] for last, attended in parts])
-
-
-def _in_whole_rows(offsets: torch.Tensor) -> torch.Tensor:
-    """Offsets with users added who have no events, so that users are a multiple of LAST_ROWS."""
-    missing = -(len(offsets) - 1) % LAST_ROWS
-    return torch.cat([offsets, offsets[-1:].expand(missing)])
+        last_U = (offsets[1:].long() - 1).clamp_min(0)
+        attended_Uhd = last_attention(query_Thd[last_U], key_Thd, value_Thd, offsets)
+        return torch.stack([event_TD[last_U], attended_Uhd.flatten(1)])
 
 
 def lay_out(

@@ -85,7 +85,7 @@ def last_attention_kernel(
     if users:
         _last_kernel[(users, heads)](
             query, key, value, query.stride(0), key.stride(0), value.stride(0), offsets, out, heads,
-            channels**-0.5 * LOG2_E, KEYS=8192 // channels, D=channels, num_warps=4,
+            channels**-0.5 * LOG2_E, KEYS=16384 // channels, D=channels, num_warps=8,
         )  # fmt: skip
     return out
 

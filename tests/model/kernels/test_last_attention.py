@@ -9,8 +9,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from model.kernels.causal_attention_triton import last_attention_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Blocks of 8,192 numbers of keys: edges of one and of two blocks, users without events among them and at the end.
-LENGTHS = {32: [1, 256, 0, 257, 30], 64: [128, 129, 1, 0, 300, 0], 128: [64, 1, 65, 140]}
+# Blocks of 16,384 numbers of keys: edges of one and of two blocks, users without events among them and at the end.
+LENGTHS = {32: [1, 512, 0, 513, 30], 64: [256, 257, 1, 0, 600, 0], 128: [128, 1, 129, 280]}
 
 
 def draw(
@@ -50,7 +50,7 @@ def test_the_reference_is_causal_attention_s_last_row() -> None:
 
 
 def test_a_user_has_the_same_bits_alone() -> None:
-    query, key, value, offsets = draw([40, 200, 3], 2, 64, torch.bfloat16)
+    query, key, value, offsets = draw([40, 300, 3], 2, 64, torch.bfloat16)
     together = last_attention_kernel(query, key, value, offsets)
     for user, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         own = torch.tensor([0, end - begin], dtype=torch.int32, device=DEVICE)
