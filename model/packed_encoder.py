@@ -106,7 +106,7 @@ class PackedEncoder:
                 graph.replay()
             last_XBUD[:, b] = out_XUD
         last_XUD = last_XBUD.flatten(1, 2)[:, out_U]
-        return torch.cat([self._finished(*part_XUD) for part_XUD in last_XUD.split(LAST_ROWS, 1)])
+        return torch.cat([self._finished(*part_XUD) for part_XUD in torch.split(last_XUD, LAST_ROWS, 1)])
 
     def _finished(self, last_UD: torch.Tensor, attended_UD: torch.Tensor) -> torch.Tensor:
         """States, f32 [U, D], of at most LAST_ROWS users: what comes after the last block's attention, and the norm."""
