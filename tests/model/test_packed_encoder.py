@@ -31,6 +31,16 @@ def test_states_are_the_encoders_within_bfloat16() -> None:
     assert (found - exact).norm(dim=1).max() / exact.norm(dim=1).min() < 2e-2  # each user has its own
 
 
+def test_more_users_than_the_last_block_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six users, four at a time."""
+    features = make_features([5, 1, 12, 7, 3, 9])
+    together = make_packed().states(features.to(DEVICE))
+    monkeypatch.setattr("model.packed_encoder.LAST_ROWS", 4)
+    in_parts = make_packed().states(features.to(DEVICE))
+    assert in_parts.shape == together.shape
+    assert (in_parts - together).norm(dim=1).max() < 2e-2 * together.norm(dim=1).min()
+
+
 def test_a_state_does_not_depend_on_what_it_is_encoded_with() -> None:
     """Bit by bit on a GPU; the CPU's products round a row by its place."""
     features = make_features([5, 1, 12, 7, 3, 9])
